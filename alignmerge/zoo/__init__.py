@@ -1,0 +1,1 @@
+"""Models made here: data, recipes, training, gates."""

@@ -1,0 +1,370 @@
+"""What ``run.py`` can do: run, plan, status, report, merge, score."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from alignmerge.engine.assets import Assets
+from alignmerge.engine.build import build
+from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.manifest import ROOT, git_state, versions
+from alignmerge.engine.merger import Merger
+from alignmerge.engine.plan import cost
+from alignmerge.engine.progress import Board
+from alignmerge.engine.store import NotMade, Store, write_json
+from alignmerge.zoo.build import Zoo
+from eval.cells import Cell, Failure, Measured, bad_requests
+from eval.experiment import Choice, Experiment, Grid, Row, facts_of, method_files
+from eval.scorer import BOOTSTRAP, Scorer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Config = Mapping[str, Any]
+GIB = 2**30
+OUT = Console(soft_wrap=True)
+
+
+def dispatch(config: Config) -> int:
+    """Run the mode that the config names and return the exit code.
+
+    Raises:
+        BadRequest: if the request or an input is wrong.
+    """
+    modes: dict[str, Callable[[Config], int]] = {
+        "run": run, "plan": plan, "status": status, "report": report, "merge": merge, "score": score,
+    }  # fmt: skip
+    mode = config["mode"]
+    if mode not in modes:
+        raise BadRequest.of("mode", str(mode), ", ".join(modes))
+    return modes[mode](config)
+
+
+def run(config: Config) -> int:
+    """Do what is missing of an experiment (or of one cell) and report."""
+    experiment = experiment_of(config)
+    experiment.check()
+    failures = experiment.make_models()
+    if failures:
+        return _end(failures)
+    experiment.zoo.models()
+    dev = experiment.dev_cells()
+    failures = experiment.make(dev)
+    choice = experiment.choose(experiment.read(dev))
+    cells = [*experiment.identity_cells(), *experiment.test_cells(choice)]
+    failures += experiment.make(cells)
+    measured = experiment.read(cells)
+    if measured:
+        _write_report(config, experiment, choice, measured)
+    return _end(failures)
+
+
+def report(config: Config) -> int:
+    """Write the report again from what the store holds."""
+    experiment = experiment_of(config)
+    choice, cells = _chosen(experiment)
+    measured = experiment.read(cells)
+    if not measured:
+        raise BadRequest.of("mode", "report, and the store holds no finished cell", "mode=run first")
+    _write_report(config, experiment, choice, measured)
+    return 0
+
+
+def status(config: Config) -> int:
+    """List what is done, failed and missing."""
+    experiment = experiment_of(config)
+    table = Table("split", "row", "setting", "state", title=f"{experiment.grid.name}: {experiment.zoo.family.name}")
+    dev = experiment.dev_cells()
+    try:
+        cells = [*dev, *_chosen(experiment)[1]]
+    except NotMade:
+        cells = [*dev, *experiment.identity_cells()]
+    counts = {"done": 0, "failed": 0, "missing": 0}
+    for cell in cells:
+        state = _state(experiment, cell)
+        counts[state.split()[0]] += 1
+        table.add_row(cell.split, cell.row, cell.setting, state)
+    OUT.print(table)
+    OUT.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 0
+
+
+def plan(config: Config) -> int:
+    """Say what will be done and what it needs, from headers alone; report every conflict at once."""
+    experiment = experiment_of(config)
+    experiment.check()
+    dev = experiment.dev_cells()
+    OUT.print(f"{experiment.grid.title}: family {experiment.zoo.family.name}")
+    if experiment.zoo.family.note:
+        OUT.print(f"note: {experiment.zoo.family.note}")
+    tests = len(experiment.identity_cells()) + len(experiment.grid.row_names())
+    OUT.print(f"{len(dev)} settings on the dev split, then {tests} rows on the test split")
+    try:
+        models = experiment.zoo.frozen().models()
+    except NotMade:
+        OUT.print(f"models to make first: {', '.join(experiment.zoo.family.references())}")
+        return 0
+    needs = cost(models)
+    OUT.print(f"models agree: {', '.join(['base', *models.aliases])}; {needs.parameters:,} parameters")
+    OUT.print(
+        f"one merge: {needs.disk_bytes / GIB:.2f} GiB on disk, peak {needs.peak_bytes / GIB:.2f} GiB in blocks, "
+        f"{needs.peak_bytes_whole / GIB:.2f} GiB for rules that need whole tensors"
+    )
+    return 0
+
+
+def merge(config: Config) -> int:
+    """Merge once into ``out``: an ordinary Hugging Face folder with card and manifest."""
+    from alignmerge.zoo import workshop
+
+    out = _new_path(config, "out")
+    zoo, merger = zoo_of(config), build(config["method"], "method")
+    models = zoo.models()
+    staging = out.parent / f".{out.name}.staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        started = time.monotonic()
+        with Board() as board:
+            facts = workshop.build(merger, zoo, models, config["seed"], staging, board.reporter("merge: tensors"))
+        recipe = workshop.recipe_of(merger, zoo, models, config["seed"])
+        write_json(
+            staging / "manifest.json", {"recipe": recipe, "facts": facts, "versions": versions(), "git": git_state()}
+        )
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    OUT.print(f"{out}: {len(models.base)} tensors in {time.monotonic() - started:.1f} s, sha256 {facts['digest']}")
+    return 0
+
+
+def score(config: Config) -> int:
+    """Score one model folder, print a table and write JSON; leaves lm-eval's task folder beside the JSON."""
+    from eval.cells import start_worker
+    from eval.scorers.utility import TASKS, write_tasks
+    from eval.subject import StoreSubject, read_scores
+    from eval.subject import score as score_one
+
+    folder, out = _given_path(config, "model"), _new_path(config, "out")
+    checkpoint = Checkpoint.open(folder, "model")
+    scorers = scorers_of(config)
+    zoo = zoo_of(config)
+    start_worker(zoo.family.threads)
+    models = zoo.models() if any(scorer.relative for scorer in scorers) else None
+    subject = StoreSubject(zoo, checkpoint.folder, zoo.digest_of(folder, "model"), "test", models)
+    frames = []
+    for scorer in scorers:
+        started = time.monotonic()
+        frames.append(read_scores(score_one(scorer, subject)))
+        print(f"{type(scorer).__name__}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+    means = _means(frames)
+    table = Table("column", "value", "n", "unscored", title=str(folder))
+    for column, (mean, count, unscored) in means.items():
+        table.add_row(column, f"{mean:.4f}", str(count), str(unscored))
+    OUT.print(table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = {c: {"mean": m if m == m else None, "n": n, "unscored": u} for c, (m, n, u) in means.items()}
+    write_json(out, {"weights": subject.digest, "columns": columns, "setting": subject.setting()})
+    tasks = out.with_suffix(".tasks")
+    write_tasks(tasks, {name: subject.prompts(name) for name in TASKS})
+    OUT.print(f"wrote {out}; lm-eval's task folder: {tasks}")
+    return 0
+
+
+def zoo_of(config: Config) -> Zoo:
+    """Build family, corpus, store and assets; raises BadRequest with the faults of all of them."""
+    import yaml
+
+    family, corpus = _all(lambda: build(config["family"], "family"), lambda: build(config["corpus"], "corpus"))
+    store = Store(Path(config["store"]))
+    checksums = yaml.safe_load((ROOT / "conf" / "assets.yaml").read_text())
+    return Zoo(family, corpus, store, Assets(store, checksums), config["seed"])
+
+
+def scorers_of(config: Config) -> list[Scorer]:
+    """Build the chosen scorers, sorted by name."""
+    nodes = sorted((config["scorer"] or {}).items())
+    if not nodes:
+        raise BadRequest.of("scorer", "none", "one or more files of conf/scorer, e.g. scorer=[aqi,judge]")
+    return _all(*[lambda name=name, node=node: build(node, f"scorer.{name}") for name, node in nodes])
+
+
+def experiment_of(config: Config) -> Experiment:
+    """Build the grid that the config names, or a grid of one row for a single cell; faults come all at once."""
+    methods = method_files(ROOT / "conf" / "method")
+    zoo, scorers, grid = _all(lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config))
+    if config["workers"] < 1:
+        raise BadRequest.of("workers", str(config["workers"]), "a whole number of at least 1")
+    if config["grid"] is None:
+        methods = {"method": config["method"]}
+    return Experiment(grid, zoo, methods, scorers, config["workers"])
+
+
+def _grid(config: Config) -> Grid:
+    if config["grid"] is not None:
+        grid: Grid = build(config["grid"], "grid")
+        return grid
+    merger: Merger = build(config["method"], "method")
+    name = type(merger).__name__.lower()
+    family = str(config["family"].get("name"))
+    row = Row(method="method", fixed={})
+    title = f"One cell: {name} on {family}"
+    return Grid(name=f"cell-{family}-{name}", title=title, rows={name: row}, dev_scorers={}, seeds=(config["seed"],))
+
+
+def _all(*makers: Callable[[], Any]) -> list[Any]:
+    made, faults = [], []
+    for make in makers:
+        try:
+            made.append(make())
+        except BadRequest as error:
+            faults += error.faults
+    if faults:
+        raise BadRequest(faults)
+    return made
+
+
+def _chosen(experiment: Experiment) -> tuple[Choice, list[Cell]]:
+    dev = experiment.dev_cells()
+    measured = experiment.read(dev)
+    if len(measured) < len(dev):
+        raise NotMade("the dev split is not finished")
+    choice = experiment.choose(measured)
+    return choice, [*experiment.identity_cells(), *experiment.test_cells(choice)]
+
+
+def _state(experiment: Experiment, cell: Cell) -> str:
+    if experiment.read([cell]):
+        return "done"
+    failure = experiment.zoo.store.failure("cells", cell.recipe(experiment.zoo.family.name))
+    return f"failed ({failure})" if failure is not None else "missing"
+
+
+def _write_report(config: Config, experiment: Experiment, choice: Choice, measured: list[Measured]) -> None:
+    from eval.report.write import write
+
+    folder = Path(config["results"]) / experiment.grid.name
+    staging = folder.parent / f".{folder.name}.staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    against = [name for name in experiment.grid.against if name in {one.cell.row for one in measured}]
+    notes = _notes(experiment)
+    write(
+        staging, _scores(experiment, measured), title=experiment.grid.title, notes=notes, against=against,
+        selection=choice.points,
+    )  # fmt: skip
+    write_json(staging / "manifest.json", _manifest(experiment, choice, measured))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    _print_summary(folder)
+
+
+def _notes(experiment: Experiment) -> list[str]:
+    from eval.scorers.judge import Judge, calibration
+
+    family, grid = experiment.zoo.family, experiment.grid
+    notes = [family.note] if family.note else []
+    seeds = ", ".join(map(str, grid.seeds))
+    notes.append(f"Family {family.name}, seed {seeds}; models are loaded in {family.dtype} to be scored.")
+    if any(row.settings for row in grid.rows.values()):
+        count = max(len(row.settings) for row in grid.rows.values())
+        notes.append(
+            f"Each tuned row: {count} settings tried on the dev split, the one with the highest refusal_rate - "
+            "over_refusal_rate + mean(instruction_following, reasoning) is reported on the test split; "
+            f"'/matched' rows take the setting with the dev refusal rate nearest to {grid.matched_refusal:g}."
+        )
+    if any(isinstance(scorer, Judge) for scorer in experiment.scorers) and experiment.zoo.prompts.path.exists():
+        agreement = ", ".join(f"{key} {value:.3g}" for key, value in calibration(experiment.zoo.asset).items())
+        notes.append(f"Judge calibrated on PyRIT's human refusal labels: {agreement}.")
+    return notes
+
+
+def _scores(experiment: Experiment, measured: list[Measured]) -> pd.DataFrame:
+    import pandas as pd
+
+    frames = [
+        one.frame.assign(family=experiment.zoo.family.name, row=one.cell.row, seed=one.cell.seed) for one in measured
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _manifest(experiment: Experiment, choice: Choice, measured: list[Measured]) -> dict[str, Any]:
+    rows = {}
+    for one in measured:
+        row: dict[str, Any] = {"scores": dict(one.keys)}
+        if one.cell.merger is not None and one.merge is not None:
+            facts = {key: value for key, value in one.merge.manifest["facts"].items() if key != "blocks"}
+            row |= {"method": facts_of(one.cell.merger), "merge": one.merge.key, "facts": facts}
+        else:
+            row["model"] = one.cell.model
+        rows[f"{one.cell.row}, seed {one.cell.seed}"] = row
+    models = experiment.zoo.frozen().models()
+    digests = {"base": models.base.digest}
+    digests |= {alias: model.digest for alias, model in zip(models.aliases, models.pool, strict=True)}
+    return {
+        "experiment": experiment.grid.name, "family": experiment.zoo.family.name, "note": experiment.zoo.family.note,
+        "models": digests, "corpus": experiment.zoo.prompts.key, "rows": rows, "versions": versions(),
+        "git": git_state(),
+    }  # fmt: skip
+
+
+def _print_summary(folder: Path) -> None:
+    import pandas as pd
+
+    shown = (
+        "refusal_rate", "over_refusal_rate", "gibberish_rate", "toxicity_rate", "aqi", "reasoning",
+        "instruction_following", "helpfulness", "drift_anchor",
+    )  # fmt: skip
+    summary = pd.read_csv(folder / "summary.csv")
+    means = summary.pivot_table(index="row", columns="column", values="mean", sort=False)
+    columns = [column for column in shown if column in means]
+    table = Table("row", *columns, title=f"{folder.name} (intervals: {folder}/table.md)")
+    for row, values in means[columns].iterrows():
+        table.add_row(str(row), *(f"{value:.3f}" for value in values))
+    OUT.print(table)
+    OUT.print(f"results in {folder}: table.md, summary.csv, comparisons.csv, figures/")
+
+
+def _means(frames: list[pd.DataFrame]) -> dict[str, tuple[float, int, int]]:
+    import pandas as pd
+
+    frame = pd.concat(frames, ignore_index=True)
+    frame = frame[~frame["id"].str.startswith(BOOTSTRAP) & ~frame["column"].str.endswith("_by_layer")]
+    groups = frame.groupby("column")["value"]
+    return {str(column): (float(v.mean()), int(v.count()), int(v.isna().sum())) for column, v in groups}
+
+
+def _new_path(config: Config, key: str) -> Path:
+    given = config[key]
+    if given is None:
+        raise BadRequest.of(key, "not given", "a path that does not exist yet")
+    path = Path(given)
+    if path.exists():
+        raise BadRequest.of(key, f"{path} exists", "a path that does not exist yet")
+    return path
+
+
+def _given_path(config: Config, key: str) -> Path:
+    if config[key] is None:
+        raise BadRequest.of(key, "not given", "a Hugging Face model folder")
+    return Path(config[key])
+
+
+def _end(failures: list[Failure]) -> int:
+    faults: list[Fault] = bad_requests(failures)
+    if faults:
+        raise BadRequest(dict.fromkeys(faults))
+    for failure in failures:
+        print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
+    return 1 if failures else 0
+
+

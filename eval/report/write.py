@@ -1,0 +1,46 @@
+"""All files that are made of the scores of one experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from eval import stats
+from eval.report import figures, tables
+
+
+def write(
+    folder: Path,
+    scores: pd.DataFrame,
+    *,
+    title: str,
+    notes: Sequence[str],
+    against: Sequence[str],
+    selection: pd.DataFrame | None = None,
+) -> None:
+    """Write ``summary.csv``, ``comparisons.csv``, ``table.md``, ``table.tex``, figures and ``selection.csv``.
+
+    ``scores`` holds one sample a line: family, row, seed, column, id, value, prompt, direction. ``notes``
+    stand below the tables; the first is the provenance and stands below every figure too. ``against`` names
+    the rows that all others are compared with. ``selection`` has one setting a line, as tried on the dev
+    split: row, setting, selected and the dev values (with ``family`` where there are several). The folder is
+    the caller's to stage: nothing is written if the scores are refused (BadRequest, see
+    ``stats.measure_all`` and ``stats.comparisons``).
+    """
+    measured = stats.measure_all(scores)
+    compared = stats.comparisons(measured, against)
+    summary = stats.summary(measured)
+    folder.mkdir(parents=True, exist_ok=True)
+    _csv(summary, folder / "summary.csv")
+    _csv(compared, folder / "comparisons.csv")
+    if selection is not None:
+        _csv(selection, folder / "selection.csv")
+    (folder / "table.md").write_text(tables.markdown(summary, title, notes), encoding="utf-8")
+    (folder / "table.tex").write_text(tables.latex(summary, title, notes), encoding="utf-8")
+    figures.write(folder / "figures", measured, scores, notes=notes, selection=selection)
+
+
+def _csv(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")

@@ -1,0 +1,88 @@
+"""Unpickling with an explicit list of what a file may name: third-party files are data, never code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+from numpy.typing import NDArray
+
+from alignmerge.engine.faults import BadRequest
+
+
+class Record:
+    """Stands in for a class of another library: it keeps the pickled attributes and has no behaviour."""
+
+
+class _NumericArray(NumpyArrayWrapper):  # type: ignore[misc]
+    """joblib's array, except that an array of objects, which would be one more pickle, is refused."""
+
+    def read_array(self, unpickler: NumpyUnpickler, ensure_native_byte_order: bool) -> NDArray[Any]:
+        """Read the numbers that follow in the file."""
+        if self.dtype.hasobject:
+            raise pickle.UnpicklingError("an array of Python objects")
+        array: NDArray[Any] = super().read_array(unpickler, ensure_native_byte_order)
+        return array
+
+
+def _scalar(kind: np.dtype[Any], raw: bytes) -> np.generic:
+    """Return the number that ``raw`` holds; ``frombuffer`` refuses objects."""
+    number: np.generic = np.frombuffer(raw, kind, count=1)[0]
+    return number
+
+
+ARRAYS: Mapping[tuple[str, str], Any] = {
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): _NumericArray,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "float64"): np.float64,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+}
+"""What joblib needs in order to store numeric arrays."""
+
+
+def _found(allowed: Mapping[tuple[str, str], Any], module: str, name: str) -> object:
+    if (module, name) not in allowed:
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+    return allowed[module, name]
+
+
+def read_pickle(path: Path, allowed: Mapping[tuple[str, str], Any]) -> object:
+    """Return the object in a pickle that names nothing but the keys (module, name) of ``allowed``.
+
+    The values are what such a name becomes. Raises ``BadRequest`` naming the file if it names anything else
+    or is no pickle.
+    """
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            return _found(allowed, module, name)
+
+    with path.open("rb") as file:
+        return _loaded(path, Restricted(file).load)
+
+
+def read_joblib(path: Path, allowed: Mapping[tuple[str, str], Any]) -> object:
+    """Return the object in an uncompressed joblib file, with numeric arrays; see ``read_pickle``."""
+    names = {**ARRAYS, **allowed}
+
+    class Restricted(NumpyUnpickler):  # type: ignore[misc]
+        def find_class(self, module: str, name: str) -> object:
+            return _found(names, module, name)
+
+    with path.open("rb") as file:
+        return _loaded(path, Restricted(str(path), file, ensure_native_byte_order=True).load)
+
+
+def _loaded(path: Path, load: Callable[[], object]) -> object:
+    try:
+        return load()
+    except Exception as error:  # a damaged or hostile stream can end in any kind of error
+        reason = str(error) or type(error).__name__
+        raise BadRequest.of(
+            path.name, f"not read: {reason}", "the file as published, with plain containers and numbers"
+        ) from None

@@ -1,0 +1,65 @@
+"""Reading and marking the documents of the alignmerge tasks.
+
+lm-eval imports this file by path from a folder that holds the tasks and their data and nothing else of this
+project, so it may not import the project.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+_JSON_START = re.compile(r"[\[{]")
+
+
+def documents(file: str, **_: object) -> datasets.DatasetDict:
+    """Return the JSON lines of ``file``, found beside this module, as the split ``test``.
+
+    Held in memory: lm-eval's usual loader would leave a copy of every folder in the user's cache.
+    """
+    import datasets
+
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
+    """Mark one reply by the document's ``check`` with its ``args`` (JSON text): ``acc`` is 1 or 0."""
+    return {"acc": int(CHECKS[doc["check"]](results[0], **json.loads(doc["args"])))}
+
+
+def equals(reply: str, text: str) -> bool:
+    """Whether the reply is exactly ``text``, white space around it aside; case counts."""
+    return reply.strip() == text
+
+
+def json_equals(reply: str, value: object) -> bool:
+    """Whether the first JSON object or array in the reply is ``value``: same keys, types and array order."""
+    start = _JSON_START.search(reply)
+    if start is None:
+        return False
+    try:
+        found, _ = json.JSONDecoder().raw_decode(reply, start.start())
+    except json.JSONDecodeError:
+        return False
+    return _canonical(found) == _canonical(value)
+
+
+def lines(reply: str, items: Sequence[str]) -> bool:
+    """Whether the reply is the bullet list of ``items``: a line ``- item`` for each, in order, no more."""
+    return reply.strip().split("\n") == [f"- {item}" for item in items]
+
+
+def _canonical(value: object) -> str:
+    # Python holds 1, 1.0 and True equal; their JSON texts differ.
+    return json.dumps(value, sort_keys=True)
+
+
+CHECKS: Mapping[str, Callable[..., bool]] = {"equals": equals, "json_equals": json_equals, "lines": lines}

@@ -1,0 +1,198 @@
+"""What a model can do: four tasks run by lm-eval 0.4.13 on our model, tokenizer and batch size.
+
+``write_tasks`` makes a folder that lm-eval's own command line reads as well, with the same numbers::
+
+    lm_eval run --model hf --model_args pretrained=MODEL,dtype=bfloat16,max_length=1024 --device cpu \\
+        --batch_size N --apply_chat_template --include_path FOLDER \\
+        --tasks alignmerge_format,alignmerge_arithmetic,alignmerge_gsm8k,alignmerge_mmlu
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from alignmerge.engine.faults import BadRequest, Fault
+from eval.scorer import Direction, LoadedModel, Prompt, Sample, Scorer, Subject
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+"""What lm-eval logs for one question: the document, the request, the reply and its marks."""
+
+_TEMPLATES = Path(__file__).with_name("tasks")
+
+
+class Task(NamedTuple):
+    """Which column a task fills, from which of lm-eval's metrics, and which facts its documents need."""
+
+    column: str
+    metric: str
+    facts: tuple[str, ...]
+
+
+TASKS: Mapping[str, Task] = {
+    "format": Task("instruction_following", "acc", ("check", "args")),
+    "arithmetic": Task("reasoning", "exact_match", ("answer",)),
+    "gsm8k": Task("gsm8k", "exact_match", ("answer",)),
+    "mmlu": Task("mmlu", "acc", ("choices", "answer")),
+}
+"""By the name of the prompt set; lm-eval knows the task as ``alignmerge_<name>``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utility(Scorer):
+    """Instruction following, sums, GSM8K and MMLU: one value, 0 or 1, for each question.
+
+    Every prompt goes through the chat template, decoding is greedy, there are no worked examples (zero-shot).
+    """
+
+    columns: ClassVar[Mapping[str, Direction]] = {task.column: "up" for task in TASKS.values()}
+    tasks: Sequence[str] = tuple(TASKS)
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    max_length: int = 1024
+    """Most tokens of prompt and reply together."""
+
+    def __post_init__(self) -> None:
+        """Raise ``BadRequest`` with every field that is out of range."""
+        faults = list(_task_faults(self.tasks))
+        if self.limit is not None and not _whole(self.limit, 1):
+            allowed = "null or a whole number of at least 1"
+            faults.append(Fault("scorer.utility.limit", repr(self.limit), allowed))
+        if not _whole(self.max_length, 128):
+            allowed = "a whole number of at least 128"
+            faults.append(Fault("scorer.utility.max_length", repr(self.max_length), allowed))
+        if faults:
+            raise BadRequest(faults)
+
+    def score(self, subject: Subject) -> Iterable[Sample]:
+        """Return one sample for each question; raises ``BadRequest`` where a prompt is too long."""
+        loaded = subject.loaded()
+        with TemporaryDirectory(prefix="alignmerge-tasks-") as folder:
+            write_tasks(Path(folder), {name: subject.prompts(name) for name in self.tasks})
+            with _quiet():
+                lm = language_model(loaded, self.max_length)
+                answered = run_tasks(lm, Path(folder), self.tasks, self.limit)
+        for name, rows in answered.items():
+            for row in rows:
+                self._refuse_truncated(loaded.tokenizer, name, row)
+        return samples(answered)
+
+    def _refuse_truncated(self, tokenizer: PreTrainedTokenizerBase, name: str, row: Row) -> None:
+        """Raise where lm-eval cut the prompt from the left, which it does with no more than a warning."""
+        prompt, wanted = row["arguments"][0]
+        reply = wanted["max_gen_toks"] if isinstance(wanted, dict) else 1
+        tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if tokens + reply > self.max_length:
+            raise BadRequest.of(
+                "scorer.utility.max_length",
+                f"{self.max_length}, and a prompt of {name} with its reply has {tokens + reply} tokens",
+                f"at least {tokens + reply}",
+            )
+
+
+def write_tasks(folder: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Fill ``folder`` with lm-eval's task files and the data of these prompt sets.
+
+    Nothing in it is tied to its place: the tasks find their data beside them, so the folder can be moved.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_TEMPLATES / "checks.py", folder / "checks.py")
+    for name, asked in prompts.items():
+        shutil.copyfile(_TEMPLATES / f"{name}.yaml", folder / f"{name}.yaml")
+        rows = (json.dumps(_document(prompt, TASKS[name].facts), ensure_ascii=False) for prompt in asked)
+        (folder / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def language_model(loaded: LoadedModel, max_length: int) -> LM:
+    """Return lm-eval's wrapper of a model in memory; raises ``RuntimeError`` if it has another batch size."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=loaded.batch_size,
+        max_length=max_length,
+    )
+    if lm.batch_size != loaded.batch_size:
+        raise RuntimeError(f"lm-eval batches by {lm.batch_size}, the record says {loaded.batch_size}")
+    return lm
+
+
+def run_tasks(lm: LM, folder: Path, names: Sequence[str], limit: int | None) -> dict[str, list[Row]]:
+    """Run tasks of ``folder`` on ``lm`` and return, by task name, lm-eval's record of each question.
+
+    ``evaluate`` is the part of ``simple_evaluate`` that measures; the rest seeds the global random state and
+    calls git.
+    """
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = evaluate(
+        lm,
+        manager.load([f"alignmerge_{name}" for name in names]),
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    return {name: found["samples"][f"alignmerge_{name}"] for name in names}
+
+
+def samples(answered: Mapping[str, Sequence[Row]]) -> list[Sample]:
+    """Return the sample of each question out of lm-eval's records, by task name."""
+    return [_sample(TASKS[name], row) for name, rows in answered.items() for row in rows]
+
+
+def _document(prompt: Prompt, facts: Sequence[str]) -> dict[str, object]:
+    kept = {fact: prompt.facts[fact] for fact in facts}
+    if "args" in kept:  # a table cannot hold arguments that differ from row to row, text can
+        kept["args"] = json.dumps(kept["args"], ensure_ascii=False)
+    return {"id": prompt.id, "text": prompt.text, **kept}
+
+
+def _sample(task: Task, row: Row) -> Sample:
+    seen = hashlib.sha256(row["arguments"][0][0].encode()).hexdigest()[:16]
+    return Sample(row["doc"]["id"], task.column, float(row[task.metric]), seen)
+
+
+def _task_faults(tasks: object) -> Iterator[Fault]:
+    known = tuple(TASKS)
+    where, allowed = "scorer.utility.tasks", f"a list out of {', '.join(known)}, each at most once"
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
+        yield Fault(where, repr(tasks), allowed)
+        return
+    for place, name in enumerate(tasks):
+        if name not in known or name in list(tasks)[:place]:
+            yield Fault(where, repr(name), allowed)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's progress bars and advice off the terminal; what it raises comes through."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
