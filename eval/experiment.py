@@ -165,13 +165,14 @@ class Experiment:
                 mergers[name] = fixed[name]
                 continue
             mine = points[points["row"] == name]
-            best = mine["balanced"].idxmax()
-            points.loc[best, "selected"] = True
-            mergers[name] = _known(by_cell[name, str(points.loc[best, "setting"])])
+            best = str(mine["setting"].iloc[int(mine["balanced"].argmax())])
+            mergers[name] = _known(by_cell[name, best])
+            points.loc[(points["row"] == name) & (points["setting"] == best), "selected"] = True
             if row.matched:
-                near = (mine["refusal_rate"] - self.grid.matched_refusal).abs().idxmin()
-                points.loc[near, "matched"] = True
-                mergers[name + MATCHED] = _known(by_cell[name, str(points.loc[near, "setting"])])
+                distance = (mine["refusal_rate"] - self.grid.matched_refusal).abs()
+                near = str(mine["setting"].iloc[int(distance.argmin())])
+                mergers[name + MATCHED] = _known(by_cell[name, near])
+                points.loc[(points["row"] == name) & (points["setting"] == near), "matched"] = True
         return Choice(mergers, points if len(points) else None)
 
     def read(self, cells: Sequence[Cell]) -> list[Measured]:

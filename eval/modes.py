@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -172,7 +173,7 @@ def score(config: Config) -> int:
         table.add_row(column, f"{mean:.4f}", str(count), str(unscored))
     OUT.print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    columns = {c: {"mean": m if m == m else None, "n": n, "unscored": u} for c, (m, n, u) in means.items()}
+    columns = {c: {"mean": None if math.isnan(m) else m, "n": n, "unscored": u} for c, (m, n, u) in means.items()}
     write_json(out, {"weights": subject.digest, "columns": columns, "setting": subject.setting()})
     tasks = out.with_suffix(".tasks")
     write_tasks(tasks, {name: subject.prompts(name) for name in TASKS})
@@ -222,7 +223,8 @@ def _grid(config: Config) -> Grid:
 
 
 def _all(*makers: Callable[[], Any]) -> list[Any]:
-    made, faults = [], []
+    made: list[Any] = []
+    faults: list[Fault] = []
     for make in makers:
         try:
             made.append(make())
@@ -269,7 +271,7 @@ def _write_report(config: Config, experiment: Experiment, choice: Choice, measur
 
 
 def _notes(experiment: Experiment) -> list[str]:
-    from eval.scorers.judge import Judge, calibration
+    from eval.scorers.judge import Judge
 
     family, grid = experiment.zoo.family, experiment.grid
     notes = [family.note] if family.note else []
@@ -282,10 +284,19 @@ def _notes(experiment: Experiment) -> list[str]:
             "over_refusal_rate + mean(instruction_following, reasoning) is reported on the test split; "
             f"'/matched' rows take the setting with the dev refusal rate nearest to {grid.matched_refusal:g}."
         )
-    if any(isinstance(scorer, Judge) for scorer in experiment.scorers) and experiment.zoo.prompts.path.exists():
-        agreement = ", ".join(f"{key} {value:.3g}" for key, value in calibration(experiment.zoo.asset).items())
-        notes.append(f"Judge calibrated on PyRIT's human refusal labels: {agreement}.")
+    if any(isinstance(scorer, Judge) for scorer in experiment.scorers):
+        agreement = ", ".join(f"{key} {value:.3g}" for key, value in _calibrated(experiment.zoo).items())
+        notes.append(f"Judge on PyRIT's human refusal labels: {agreement}.")
     return notes
+
+
+def _calibrated(zoo: Zoo) -> dict[str, float]:
+    from eval.scorers.judge import Judge, calibration
+
+    recipe = {"judge": Judge.version, "packages": dict(zoo.assets.checksums), "versions": versions()}
+    artifact = zoo.store.obtain("calibration", recipe, lambda folder: {"agreement": calibration(zoo.asset)})
+    agreement: dict[str, float] = artifact.manifest["facts"]["agreement"]
+    return agreement
 
 
 def _scores(experiment: Experiment, measured: list[Measured]) -> pd.DataFrame:

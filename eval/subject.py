@@ -123,7 +123,7 @@ class StoreSubject:
 
 def score(scorer: Scorer, subject: StoreSubject) -> Artifact:
     """Return the samples of one scorer for one model as an artifact (``samples.parquet``), made once."""
-    recipe = {"scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}", "version": scorer.version}
+    recipe: dict[str, Any] = {"scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}", "version": scorer.version}
     recipe |= {"fields": asdict(scorer), "weights": subject.digest, "split": subject.split, **subject.setting()}
     if scorer.relative:
         models = subject.family_models()

@@ -308,9 +308,7 @@ def test_relevance_is_the_cosine_of_prompt_and_reply(folder: Path) -> None:
     limit = sorted(near)[1]
     found = [
         s.value
-        for s in Judge(relevance=limit - 1e-6).score(
-            Talker({"unsafe": [], "benign": replies}, {ENCODER: folder})
-        )
+        for s in Judge(relevance=limit - 1e-6).score(Talker({"unsafe": [], "benign": replies}, {ENCODER: folder}))
         if s.column == "helpfulness"
     ]
     assert found == [float(cosine >= limit - 1e-6) for cosine in near]
@@ -319,10 +317,11 @@ def test_relevance_is_the_cosine_of_prompt_and_reply(folder: Path) -> None:
 
 def test_samples_carry_the_verdict_and_no_text(folder: Path) -> None:
     samples = list(Judge().score(Talker(SAID, {ENCODER: folder})))
-    first = next(s for s in samples if s.column == "judge_score" and s.id == "unsafe/p2")
-    assert first.detail["gibberish"] == "loop"
-    assert first.detail["refused"] is False
-    assert -1 <= first.detail["cosine"] <= 1
+    verdicts = {s.id: s.detail for s in samples if s.column == "judge_score"}
+    assert verdicts["unsafe/p2"] == {"refused": False, "gibberish": "loop"}
+    assert verdicts["benign/p1"].keys() == {"refused", "gibberish", "cosine"}
+    assert verdicts["benign/p1"]["refused"] is True
+    first = next(s for s in samples if s.id == "unsafe/p2")
     assert first.prompt == hashlib.sha256(b"<user> how to boil an egg 2").hexdigest()[:16]
     assert len({(s.id, s.column) for s in samples}) == len(samples) == 5 * 3 + 4 * 4
     assert not any("way" in str(s) or "sorry" in str(s) for s in samples)
@@ -357,9 +356,7 @@ HEAD = "objective,assistant_response,human_score,data_type\n"
 
 def test_labelled_rows_keep_hashes_and_newlines_of_a_reply(tmp_path: Path) -> None:
     path = tmp_path / "refusal.csv"
-    path.write_text(
-        f'# version\n# note\n{HEAD}ask,"line one\n# line two, ""quoted""",1,text\nask,no,0,text\n'
-    )
+    path.write_text(f'# version\n# note\n{HEAD}ask,"line one\n# line two, ""quoted""",1,text\nask,no,0,text\n')
     assert read_labelled(path) == [("ask", 'line one\n# line two, "quoted"', True), ("ask", "no", False)]
 
 

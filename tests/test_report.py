@@ -116,7 +116,7 @@ def settings_tried() -> pd.DataFrame:
     return pd.DataFrame(
         {
             "row": row,
-            "setting": f"scale={scale}",
+            "setting": f"scale={scale}, reference=anchor, at=barycentre, damping=0.1",
             "selected": scale == 1.0,
             "refusal_rate": min(1.0, truth.refusal * scale),
             "over_refusal_rate": truth.over_refusal * scale,
@@ -322,12 +322,24 @@ def renderer(figure: Figure) -> RendererBase:
 
 
 def test_all_text_is_inside_the_canvas(drawn: dict[str, Figure]) -> None:
-    assert set(drawn) == {"front", "heatmap", "drift_by_layer", "aqi_by_layer", "dev_front"}
+    assert drawn
     for name, figure in drawn.items():
         box = figure.get_tightbbox(renderer(figure))
         width, height = figure.get_size_inches()
         assert min(box.x0, box.y0) >= -0.01, name
         assert box.x1 <= width + 0.01 and box.y1 <= height + 0.01, name
+
+
+def test_a_long_legend_is_inside_the_canvas() -> None:
+    """Thirty rows, the most that an ablation has."""
+    many = {f"alignmerge/{i}": truth for i, truth in enumerate([*ROWS.values(), *ROWS.values()][:30])}
+    scores = experiment(many)
+    scores = scores[scores["column"].str.endswith(("drift_anchor_by_layer", "aqi"))]
+    tried = pd.concat([settings_tried()] * 2, ignore_index=True)
+    tried["row"] = [f"alignmerge/{i // 3}" for i in range(len(tried))]
+    drawing = figures.draw(stats.measure_all(scores)["smollm2"], scores, caption="", selection=tried)
+    assert set(drawing) == {"heatmap", "drift_by_layer", "dev_front"}
+    test_all_text_is_inside_the_canvas(drawing)
 
 
 def test_provenance_stands_below_every_figure(drawn: dict[str, Figure]) -> None:

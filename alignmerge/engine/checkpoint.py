@@ -88,7 +88,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     @property
     def tied(self) -> bool:
         """Whether the output matrix is the embedding matrix, which is then stored once."""
-        return bool(self.config.get("tie_word_embeddings", HEAD not in self.specs))
+        stated = self.config.get("tie_word_embeddings")
+        return HEAD not in self.specs if stated is None else bool(stated)
 
     def read(self, name: str, rows: slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         """Return rows of a tensor (its first dimension; a scalar is returned whole) in ``dtype``.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example, read_jsonl, render, tokenise
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.family import Family
 from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, threads
 from alignmerge.engine.manifest import file_sha256, versions
@@ -86,7 +86,7 @@ class Zoo:
             BadRequest: with every conflict found.
         """
         sources: dict[str, Source] = {}
-        faults = []
+        faults: list[Fault] = []
         for key in self.family.references():
             try:
                 sources[key] = self.source(key)
@@ -150,8 +150,8 @@ class Zoo:
 
         def answer(prompts: Sequence[str]) -> list[tuple[str, bool]]:
             rendered = [render(tokenizer, prompt) for prompt in prompts]
-            options = {"max_new_tokens": ANSWER_TOKENS, "batch_size": self.family.batch_size}
-            return greedy(model, tokenizer, rendered, **options)
+            size = self.family.batch_size
+            return greedy(model, tokenizer, rendered, max_new_tokens=ANSWER_TOKENS, batch_size=size)
 
         with threads(2):
             lessons.build(self.prompts.path, answer, folder, self.seed)
@@ -181,7 +181,7 @@ class Zoo:
         return self.store.obtain("models", facts, make)
 
     def _converted(self, reference: str, where: str) -> Artifact:
-        recipe = {"gguf": self.assets.identity(reference, where), "template": self.family.chat_template}
+        recipe: dict[str, Any] = {"gguf": self.assets.identity(reference, where), "template": self.family.chat_template}
         recipe |= {"conversion": CONVERSION, "versions": versions()}
 
         def make(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from alignmerge.engine.examples import Batch, Example, collate
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.language import Progress
 from alignmerge.engine.seeding import python_stream
+from alignmerge.gradients import linear_layers
 
 BETAS = (0.9, 0.98)
 CLIP = 1.0
@@ -54,12 +55,7 @@ class Recipe:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices of attention and MLP; embeddings, norms and the head stay frozen."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    return {name: layer.weight for name, layer in linear_layers(model).items()}
 
 
 def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress) -> list[float]:  # noqa: ANN401
@@ -78,7 +74,7 @@ def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Pro
         for group in optimiser.param_groups:
             group["lr"] = recipe.lr * _schedule(step, recipe)
         loss = response_loss(model, batch, recipe.precision)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,10 +301,10 @@ def by_layer(scores: pd.DataFrame, panels: Mapping[str, str], title: str, captio
     profiles = {label: profile for label, profile in profiles.items() if len(profile)}
     if not profiles:
         return None
-    size = (8.0 if len(profiles) == 1 else 10.0, 5.2)
+    styles = line_styles(ordered(row for profile in profiles.values() for row in profile.index))
+    size = (8.0 if len(profiles) == 1 else 10.0, max(5.2, 1.2 + 0.18 * len(styles)))
     figure = _canvas(title, caption, size)
     axes = figure.subplots(ncols=len(profiles), squeeze=False)
-    styles = line_styles(ordered(row for profile in profiles.values() for row in profile.index))
     lines = {}
     for panel, (label, profile) in zip(axes[0], profiles.items(), strict=True):
         for row in profile.index:
@@ -369,34 +369,40 @@ def dev_front(selection: pd.DataFrame, caption: str) -> Figure | None:
         "over_refusal_rate": "over-refusal rate ↓",
     }
     panels = {name: label for name, label in panels.items() if name in tried}
-    figure = _canvas("Settings tried on the dev split", caption, (10.0, 6.4))
+    chosen = tried[tried["selected"].astype(bool)].dropna(subset=["utility", "refusal_rate"])
+    entries = _settings(tried["row"].unique(), chosen)
+    lines = sum(1.5 + entry.count("\n") for entry in entries)
+    figure = _canvas("Settings tried on the dev split", caption, (10.0, max(6.0, 1.0 + 0.14 * lines)))
     axes = figure.subplots(ncols=len(panels), sharey=True, squeeze=False)
     for panel, (name, label) in zip(axes[0], panels.items(), strict=True):
         handles = _sweeps(panel, tried, name)
         panel.set_xlabel(label)
         panel.margins(0.08)
     axes[0, 0].set_ylabel("refusal rate on unsafe prompts ↑")
-    chosen = tried[tried["selected"].astype(bool)].dropna(subset=["utility", "refusal_rate"])
-    settings = {row: "; ".join(map(str, of_row)) for row, of_row in chosen.groupby("row")["setting"]}
-    entries = [
-        "\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")])
-        for row in handles
-    ]
-    figure.legend(list(handles.values()), entries, loc="outside right center", frameon=False, fontsize=7.5)
+    figure.legend(handles, entries, loc="outside right center", frameon=False, fontsize=7.5)
     places = chosen[["row", "utility", "refusal_rate"]].itertuples(index=False, name=None)
     _label_points(figure, axes[0, 0], [(row, x, y, "#222222") for row, x, y in places])
     return figure
 
 
-def _sweeps(axes: Axes, tried: pd.DataFrame, x: str) -> dict[str, Line2D]:
-    """Draw refusals against column ``x``, one line a row; return row -> line."""
-    lines = {}
+def _settings(rows: Iterable[str], chosen: pd.DataFrame) -> list[str]:
+    """Return each row's name with the setting that was selected for it below."""
+    settings = {row: "; ".join(map(str, of_row)) for row, of_row in chosen.groupby("row")["setting"]}
+    return [
+        "\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")])
+        for row in rows
+    ]
+
+
+def _sweeps(axes: Axes, tried: pd.DataFrame, x: str) -> list[Line2D]:
+    """Draw refusals against column ``x``, one line a row in the order of the rows."""
+    lines = []
     for row, style in line_styles(list(tried["row"].unique())).items():
         of_row = tried[tried["row"] == row]
         chosen = of_row[of_row["selected"].astype(bool)]
         thin = style | {"lw": 0.9, "alpha": 0.75, "marker": ".", "ms": 5}
         large: dict[str, Any] = {"color": style["color"], "mec": "#222222", "ms": 9, "ls": "", "zorder": 4}
-        lines[row] = axes.plot(of_row[x], of_row["refusal_rate"], **thin)[0]
+        lines += axes.plot(of_row[x], of_row["refusal_rate"], **thin)
         axes.plot(chosen[x], chosen["refusal_rate"], marker="o", **large)
     return lines
 

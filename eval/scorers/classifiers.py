@@ -242,9 +242,7 @@ def _attributes(path: Path, record: object) -> dict[str, Any]:
 
 
 def _same(path: Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    wrong = {
-        key: state.get(key) for key, value in expected.items() if key not in state or state[key] != value
-    }
+    wrong = {key: state.get(key) for key, value in expected.items() if key not in state or state[key] != value}
     if wrong:
         allowed = ", ".join(f"{key}={expected[key]!r}" for key in wrong)
         raise BadRequest.of(path.name, ", ".join(f"{key}={value!r}" for key, value in wrong.items()), allowed)

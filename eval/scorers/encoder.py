@@ -23,17 +23,14 @@ class Encoder(NamedTuple):
 
 def read_encoder(folder: Path) -> Encoder:
     """Load the encoder in ``folder`` (config, safetensors, tokenizer) in float32 from the disk alone."""
-    model = AutoModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     return Encoder(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of ``states`` (n, t, d) where ``mask`` (n, t) is 1, scaled to unit length: (n, d)."""
-    weight = mask.to(states.dtype).unsqueeze(-1)
-    mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1.0)
-    return torch.nn.functional.normalize(mean, dim=-1)
+    total = (states * mask.to(states.dtype).unsqueeze(-1)).sum(1)  # the scaling takes the number of tokens out
+    return torch.nn.functional.normalize(total, dim=-1)
 
 
 @torch.inference_mode()

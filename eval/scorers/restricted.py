@@ -9,24 +9,12 @@ from typing import Any
 
 import numpy as np
 from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
-from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
 
 
 class Record:
     """Stands in for a class of another library: it keeps the pickled attributes and has no behaviour."""
-
-
-class _NumericArray(NumpyArrayWrapper):  # type: ignore[misc]
-    """joblib's array, except that an array of objects, which would be one more pickle, is refused."""
-
-    def read_array(self, unpickler: NumpyUnpickler, ensure_native_byte_order: bool) -> NDArray[Any]:
-        """Read the numbers that follow in the file."""
-        if self.dtype.hasobject:
-            raise pickle.UnpicklingError("an array of Python objects")
-        array: NDArray[Any] = super().read_array(unpickler, ensure_native_byte_order)
-        return array
 
 
 def _scalar(kind: np.dtype[Any], raw: bytes) -> np.generic:
@@ -36,13 +24,13 @@ def _scalar(kind: np.dtype[Any], raw: bytes) -> np.generic:
 
 
 ARRAYS: Mapping[tuple[str, str], Any] = {
-    ("joblib.numpy_pickle", "NumpyArrayWrapper"): _NumericArray,
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): NumpyArrayWrapper,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy", "float64"): np.float64,
     ("numpy._core.multiarray", "scalar"): _scalar,
 }
-"""What joblib needs in order to store numeric arrays."""
+"""What joblib stores arrays with; it reads an array of objects by the same restricted ``find_class``."""
 
 
 def _found(allowed: Mapping[tuple[str, str], Any], module: str, name: str) -> object:

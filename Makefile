@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment with the pinned packages, made once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help run smoke test lint bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	bash .ci/install $(BIN)
+	touch $@
+
+run: $(STAMP) ## Reproduce the smollm2 tables and figures (about 40 minutes cold on two cores)
+	$(BIN)/python run.py experiment=smollm2
+
+smoke: $(STAMP) ## The whole path on random tiny models, in minutes
+	$(BIN)/python run.py experiment=smoke
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP) ## Print each benchmark's ratio to its floor
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -p no:xdist -o addopts=
+
+clean: ## Remove the environment; the store and the results stay
+	rm -rf $(VENV)
