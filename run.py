@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import hydra
@@ -13,12 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignmerge.engine.faults import BadRequest
 
+CONF = Path(__file__).resolve().parent / "conf"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which turns them into plain lines
 os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.environ.get("ALIGNMERGE_HUB") is None else "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(config: DictConfig) -> int:
     """Resolve the config and hand it on."""
     from eval.modes import dispatch

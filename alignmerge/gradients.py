@@ -1,8 +1,8 @@
 """Per-example gradients of the linear layers, layer by layer, from one batched forward and backward pass.
 
-For a linear layer y = W a the gradient of example i is G_i = sum_t g_t a_t^T, with a_t the layer's input and g_t the
-gradient of the example's loss at its output. Both are captured by hooks; the weights themselves need no gradient, and
-no (examples x weights) matrix is ever formed for more than one layer and one batch.
+For a linear layer y = W a the gradient of example i is G_i = sum_t g_t a_t^T, with a_t the layer's input and g_t
+the gradient of the example's loss at its output. Both are captured by hooks; the weights themselves need no
+gradient, and no (examples x weights) matrix is ever formed for more than one layer and one batch.
 
 The loss of an example is the mean NLL (nats) of its response tokens.
 """
@@ -41,8 +41,9 @@ class Visit(NamedTuple):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return weight name -> module for the linear layers of the decoder; the output head is not one of them."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """Return weight name -> module for the linear layers of the decoder, the output head left out."""
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings is not None else None
     return {
         f"{name}.weight": module
         for name, module in sorted(model.named_modules())
@@ -60,14 +61,14 @@ def visit_gradients(
     precision: str = "float32",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Call ``visitor`` for every layer and batch during backward, and return the loss of each example, (n,) fp32.
+    """Call ``visitor`` for every layer and batch during backward; return the loss of each example, (n,) fp32.
 
     Args:
         model: a causal LM in fp32 evaluation mode; its weights are left without gradients.
         examples: tokenised (prompt, response) pairs.
         visitor: is handed one layer of one batch at a time; what it keeps is what costs memory.
-        labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from the model's own
-            distribution (``sampled``: the Fisher information), which needs ``generator``.
+        labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from the
+            model's own distribution (``sampled``: the Fisher information), which needs ``generator``.
         precision: ``bfloat16`` runs the passes under autocast; what visitors get is fp32 either way.
         weights: (n,) factors on the losses (for J^T c); all 1 by default.
     """
@@ -76,7 +77,7 @@ def visit_gradients(
         with _capture(model, batch, indices, visitor):
             loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
             scaled = loss if weights is None else loss * weights[indices]
-            scaled.sum().backward()
+            torch.autograd.backward(scaled.sum())
         losses[indices] = loss.detach()
     return losses
 
@@ -116,7 +117,7 @@ def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> 
 
 
 def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """Mean over examples of the squared per-example gradients (the diagonal Fisher), weight name -> (d_out, d_in)."""
+    """Mean over examples of squared per-example gradients: the diagonal Fisher, weight name -> (d_out, d_in)."""
     total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
 
     def add(visit: Visit) -> None:
@@ -160,7 +161,7 @@ def kronecker_factors(
     side: Side,
     **options: Any,  # noqa: ANN401
 ) -> Factors:
-    """Second moments of the layer inputs, or of the output gradients, over all tokens of ``examples`` (K-FAC)."""
+    """Second moments of the layer inputs or of the output gradients over all tokens of ``examples`` (K-FAC)."""
     moments: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     tokens = sum(len(example.ids) for example in examples)
@@ -241,7 +242,7 @@ def _capture(
             seen[name] = args[0].detach()
             owner_of[name] = owners.setdefault(id(args[0]), name)
             alive.append(args[0])
-            output.register_hook(lambda grad: visit(name, grad))
+            output.register_hook(lambda grad: visit(name, grad))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -260,5 +261,3 @@ def _capture(
     finally:
         for handle in handles:
             handle.remove()
-
-

@@ -1,6 +1,7 @@
-"""AlignMerge (arXiv 2512.16245), a documented reconstruction: L_geo and L_align solved exactly, with a certificate.
+"""AlignMerge (arXiv 2512.16245), a documented reconstruction: L_geo and L_align solved exactly, certified.
 
-theta = theta_IT + d, d = argmin sum_k lambda_k ||d - Delta_k||^2_G + lambda_align (d - d_ref)^T P_A^T F_A P_A (d - d_ref).
+theta = theta_IT + d,
+d = argmin sum_k lambda_k ||d - Delta_k||^2_G + lambda_align (d - d_ref)^T P_A^T F_A P_A (d - d_ref).
 The paper prints only L_geo; what is ours is listed in docs/method.md.
 """
 
@@ -16,15 +17,22 @@ import torch
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
-from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, check_choice, check_range
-from alignmerge.fisher import PRECISION, damped, fisher, mean_value
+from alignmerge.fisher import PRECISION, NormalisedFishers, damped, fisher, mean_value
 from alignmerge.gradients import Side, gram, kronecker_factors, weighted_sum
-from alignmerge.objective import fisher_barycentre, l_geo, l_geo_floor
-from alignmerge.subspace import Basis, Shield, dual_coefficients, energies, generalised_basis
+from alignmerge.objective import l_geo, l_geo_floor
+from alignmerge.subspace import (
+    Basis,
+    Shield,
+    dual_coefficients,
+    energies,
+    generalised_basis,
+    sample_eigenpairs,
+)
 
 CERTIFIED_RANK = 16
 """Energy ratios are reported in the top directions of this number where S_A is the whole space."""
+SIDES: dict[str, tuple[Side, ...]] = {"input": ("input",), "output": ("output",), "both": ("input", "output")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +43,11 @@ class AlignMerge(Merger):
     estimator: str = "kronecker"
     """``kronecker`` (factors per matrix) or ``samples`` (the dual, one Gram matrix over all layers)."""
     reference: str = "anchor"
-    """d_ref: ``anchor`` pulls towards theta_SAFE inside S_A, ``base`` (the paper's caption) towards theta_IT."""
+    """d_ref: inside S_A ``anchor`` pulls towards theta_SAFE, ``base`` (the paper's caption) towards theta_IT."""
     at: str = "base"
     """Where gradients are taken: ``base`` (the paper), or ``barycentre``, which is post-merge repair."""
     metric: str = "shared"
-    """``shared``: one G (the paper); ``per_expert``: each model's own Fisher, so that the shield stands on the soup."""
+    """``shared``: one G (the paper); ``per_expert``: each model's own Fisher: the shield stands on their soup."""
     factors: str = "input"
     """Kronecker only: shrink along ``input`` directions, ``output`` directions, or ``both``."""
     rank: int | None = None
@@ -82,20 +90,19 @@ class AlignMerge(Merger):
         return self._samples(ctx, point, soup)
 
     def _kronecker(self, ctx: MergeContext, point: Checkpoint, soup: Rule) -> Rule:
-        sides = {"input": ("input",), "output": ("output",), "both": ("input", "output")}[self.factors]
-        bases = {side: KroneckerBases.of(ctx, point, side, self.damping) for side in sides}  # type: ignore[arg-type]
+        bases = {side: KroneckerBases.of(ctx, point, side, self.damping) for side in SIDES[self.factors]}
         covered = next(iter(bases.values())).owners
 
         def rule(block: Block) -> Tensor:
             merged = soup(block)
             if block.name not in covered:
                 return merged
-            inputs, outputs = (bases[s].read(block.name) if s in bases else None for s in ("input", "output"))
+            inputs, outputs = (bases[s].read(block.name) if s in bases else None for s in SIDES["both"])
             shield = Shield(outputs, inputs, self.rank)
             centre, reference = merged - block.base, self._reference(block)
             delta = reference + shield.shrink(centre - reference, self.lambda_align)
             if self.certificate:
-                facts = certify(shield, block, delta, centre, reference, self.lambda_align)
+                facts = certify(shield, block, delta, centre, reference, lambda_align=self.lambda_align)
                 ctx.record_block(block.name, **facts)
             return block.base + delta
 
@@ -113,18 +120,18 @@ class AlignMerge(Merger):
             return soup(block) - block.base - self._reference(block)
 
         examples = ctx.examples("alignment")
-        recipe = {"weights": point.digest, "reference": self.reference, "metric": self.metric, "damping": self.damping}
-        recipe |= {"floor": self.floor if self.metric == "per_expert" else None, "precision": PRECISION}
+        floor = self.floor if self.metric == "per_expert" else None
+        recipe = {"weights": point.digest, "reference": self.reference, "metric": self.metric}
+        recipe |= {"damping": self.damping, "floor": floor, "precision": PRECISION}
 
         def make(folder: Path) -> None:
-            found = gram(
-                ctx.loaded(point), examples, inverse_metric, direction, storage=torch.bfloat16, precision=PRECISION
-            )
+            options = {"storage": getattr(torch, PRECISION), "precision": PRECISION}
+            found = gram(ctx.loaded(point), examples, inverse_metric, direction, **options)
             save_tensors(folder, found._asdict())
 
         stored = load_tensors(ctx.cached("gram", recipe, make).path)
         kernel, along = (stored.read(name, dtype=torch.float64) for name in ("kernel", "along"))
-        rank = min(self.rank or len(kernel), len(kernel))
+        rank = len(kernel) if self.rank is None else min(self.rank, len(kernel))
         c = dual_coefficients(kernel, along, self.lambda_align, rank)
         correction = weighted_sum(ctx.loaded(point), examples, c.float(), precision=PRECISION)
         if self.certificate:
@@ -173,12 +180,12 @@ class KroneckerBases:
 
 
 def certify(
-    shield: Shield, block: Block, delta: Tensor, centre: Tensor, reference: Tensor, lambda_align: float
+    shield: Shield, block: Block, delta: Tensor, centre: Tensor, reference: Tensor, *, lambda_align: float
 ) -> dict[str, float]:
-    """Certificate of one matrix, all in the shield's own metric (Kronecker), summed over matrices in the manifest.
+    """Certificate of one matrix, all in the shield's own metric (Kronecker); the manifest holds the sums.
 
-    ``gradient`` is ||grad||^2 of L_geo + lambda L_align at the solution (in the bases' coordinates) and
-    ``gradient_scale`` the same of L_align's pull alone at the barycentre, so that their ratio is a relative error.
+    ``gradient`` is ||grad / 2||^2 of L_geo + lambda L_align at the solution (in the bases' coordinates) and
+    ``gradient_scale`` the same of L_align's pull alone at the barycentre: their ratio is a relative error.
     """
     within = shield if shield.rank is not None else shield._replace(rank=CERTIFIED_RANK)
     coordinates, start = shield.coefficients(delta - reference), shield.coefficients(centre - reference)
@@ -211,21 +218,26 @@ def certify(
 
 
 def certify_samples(kernel: Tensor, along: Tensor, c: Tensor, lambda_align: float, rank: int) -> dict[str, Any]:
-    """Certificate of the dual solution, from the sample space alone: eigenvalues, L_align before and after, excess."""
-    values, vectors = torch.linalg.eigh(kernel)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    kept = values > values[0] * len(kernel) * torch.finfo(values.dtype).eps
-    values, vectors = values[kept], vectors[:, kept]
+    """Certificate of the dual solution, from the sample space alone (float64 tensors).
+
+    Eigenvalues of K, L_align at the barycentre and at the solution, excess of L_geo, and the norm of the
+    objective's gradient relative to L_align's pull at the barycentre.
+    """
+    values, vectors = sample_eigenpairs(kernel, rank)
     rho = values / values.mean()
     before = (vectors.T @ along) / values.sqrt()
     after = (vectors.T @ (along - kernel @ c)) / values.sqrt()
-    pull = (before - after) - (lambda_align if math.isfinite(lambda_align) else 0.0) * rho * after
+    pull = rho if math.isinf(lambda_align) else lambda_align * rho
+    gradient = pull * after  # lambda = inf leaves only the constraint: nothing of S_A remains
+    if math.isfinite(lambda_align):
+        gradient = gradient + (after - before)
+    scale = float((pull * before).norm())
     return {
         "eigenvalues": [round(float(v), 9) for v in values[:32]],
         "l_align_before": float((rho * before.square()).sum()),
         "l_align": float((rho * after.square()).sum()),
         "l_geo_excess": float(c @ kernel @ c),
-        "relative_gradient": float(pull.norm() / (rho * before).norm()),
+        "relative_gradient": float(gradient.norm()) / scale if scale > 0 else 0.0,
     }
 
 
@@ -233,22 +245,12 @@ def _soup(method: AlignMerge, ctx: MergeContext) -> Rule:
     """Return the minimiser of L_geo: the average, or with per-expert Fishers the Fisher soup."""
     if method.metric == "shared":
         return lambda block: average(block.pool)
-    models = ctx.models
-    fishers = [fisher(ctx, of, alias) for of, alias in zip(models.pool, models.aliases, strict=True)]
-    norms = [math.sqrt(sum(float(f.read(name).double().square().sum()) for name in f)) for f in fishers]
-    if min(norms) == 0:
-        raise BadRequest.of("method.metric", "a Fisher is zero everywhere", "examples with a response to learn from")
-    mean = sum(mean_value(f, f) / norm for f, norm in zip(fishers, norms, strict=True)) / len(fishers)
-
-    def rule(block: Block) -> Tensor:
-        if block.name not in fishers[0]:
-            return average(block.pool)
-        weights = [f.read(block.name, block.rows) / norm for f, norm in zip(fishers, norms, strict=True)]
-        return fisher_barycentre(block.pool, weights, method.floor * mean)
-
-    return rule
+    models = zip(ctx.models.aliases, ctx.models.pool, strict=True)
+    fishers = {alias: fisher(ctx, model, alias) for alias, model in models}
+    return NormalisedFishers.of(fishers, method.floor).barycentre
 
 
 def _whole(ctx: MergeContext, name: str) -> Block:
     models = ctx.models
-    return Block(name, slice(None), models.base.read(name), [checkpoint.read(name) for checkpoint in models.pool])
+    pool = [checkpoint.read(name) for checkpoint in models.pool]
+    return Block(name, slice(None), models.base.read(name), pool)

@@ -1,13 +1,15 @@
 """The alignment subspace S_A and the exact minimiser of L_geo + lambda_align L_align, in two estimators.
 
-*Kronecker.* Per weight matrix, with input second moments A_A (alignment data) and A_G (the chart's data, damped by
-eps times the mean diagonal), and output-gradient second moments S_A and S_G likewise, the metric is S_G (x) A_G and the
-alignment Fisher S_A (x) A_A. Generalised eigenproblems A_A u = alpha A_G u, S_A v = sigma S_G v give bases in which both
-are diagonal, so the minimiser shrinks each coefficient of X = mean delta - d_ref by 1 / (1 + lambda rho_ij),
-rho_ij = sigma_i alpha_j normalised to mean 1 (design, section 5; the closed form of paper.md 2.4, item 3).
+*Kronecker.* Per weight matrix, with input second moments A_A (alignment data) and A_G (the chart's data, damped
+by eps times the mean diagonal), and output-gradient second moments S_A and S_G likewise, the metric is S_G (x) A_G
+and the alignment Fisher S_A (x) A_A. Generalised eigenproblems A_A u = alpha A_G u, S_A v = sigma S_G v give bases
+in which both are diagonal, so the minimiser shrinks each coefficient of X = mean delta - d_ref by
+1 / (1 + lambda rho_ij), rho_ij = sigma_i alpha_j normalised to mean 1 (design, section 5; the closed form of
+paper.md 2.4, item 3).
 
-*Samples.* With per-example alignment gradients J (n x d), K = J G^-1 J^T = U diag(n rho) U^T and x = mean delta - d_ref:
-d* = mean delta - G^-1 J^T c, c = sum_{j<=r} a_j U_j (U_j^T J x) / (n rho_j), a_j = lambda rho_j / (1 + lambda rho_j).
+*Samples.* With per-example alignment gradients J (n x d), K = J G^-1 J^T = U diag(n rho) U^T and
+x = mean delta - d_ref: d* = mean delta - G^-1 J^T c, c = sum_{j<=r} a_j U_j (U_j^T J x) / (n rho_j),
+a_j = lambda rho_j / (1 + lambda rho_j).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def generalised_basis(alignment: Tensor, metric: Tensor, damping: float) -> Basi
 
 
 class Shield(NamedTuple):
-    """The shield of one weight matrix: a basis for its inputs, its outputs, or both (None stands for the identity)."""
+    """The shield of one weight matrix: a basis for its inputs, its outputs, or both (None: the identity)."""
 
     outputs: Basis | None
     inputs: Basis | None
@@ -68,7 +70,7 @@ class Shield(NamedTuple):
         return rho / rho[kept].mean() if bool(kept.any()) else rho
 
     def coefficients(self, x: Tensor) -> Tensor:
-        """V^T S_G X A_G U: the coordinates of X (d_out, d_in) in the bases; their squares sum to ||X||^2_G."""
+        """V^T S_G X A_G U: the coordinates of X (d_out, d_in); their squares sum to ||X||^2_G."""
         if self.inputs is not None:
             x = x @ self.inputs.dual
         return self.outputs.dual.T @ x if self.outputs is not None else x
@@ -80,7 +82,7 @@ class Shield(NamedTuple):
         return self.outputs.vectors @ coefficients if self.outputs is not None else coefficients
 
     def shrink(self, x: Tensor, lambda_align: float) -> Tensor:
-        """The minimiser D of ||D - X||^2_G + lambda ||D||^2_H, with H the alignment Fisher on S_A (rho normalised)."""
+        """The minimiser D of ||D - X||^2_G + lambda ||D||^2_H; H: the alignment Fisher on S_A, normalised."""
         return self.combine(self.coefficients(x) * shrinkage(self.rho, lambda_align))
 
 
@@ -107,9 +109,18 @@ def dual_coefficients(kernel: Tensor, along: Tensor, lambda_align: float, rank: 
 
     rho is normalised so that the mean of its top ``rank`` values is 1; lambda_align may be inf.
     """
+    values, vectors = sample_eigenpairs(kernel, rank)
+    removed: Tensor = 1 - shrinkage(values / values.mean(), lambda_align)
+    return vectors.mv(removed * vectors.T.mv(along) / values)
+
+
+def sample_eigenpairs(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the ``rank`` leading eigenpairs of K (n, n): values (m,) descending, vectors (n, m), m <= rank.
+
+    K is a sum of fp32 products: eigenvalues that are zero in exact arithmetic (examples given twice) are left out
+    as far as that precision tells them.
+    """
     values, vectors = torch.linalg.eigh(kernel)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    kept = values > values[0] * len(kernel) * torch.finfo(values.dtype).eps
-    values, vectors = values[kept], vectors[:, kept]
-    removed = 1 - shrinkage(values / values.mean(), lambda_align)
-    return vectors @ (removed * (vectors.T @ along) / values)
+    kept = values > values[0] * len(kernel) * torch.finfo(torch.float32).eps
+    return values[kept], vectors[:, kept]

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from alignmerge.engine.checkpoint import Checkpoint, row_blocks
-from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, check_choice, check_range
-from alignmerge.fisher import fisher
+from alignmerge.engine.merger import MergeContext, Merger, Rule, check_choice, check_range
+from alignmerge.fisher import NormalisedFishers, fisher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,40 +42,6 @@ class FisherSoup(Merger):
         """Obtain the Fisher of each model of the pool, and their norms and floor."""
         models = zip(ctx.models.aliases, ctx.models.pool, strict=True)
         fishers = {alias: fisher(ctx, model, alias, self.labels) for alias, model in models}
-        norms, means = zip(*(_norm_and_mean(of) for of in fishers.values()), strict=True)
-        if min(norms) == 0:
-            blind = list(fishers)[norms.index(0)]
-            raise ArithmeticError(f"the Fisher of '{blind}' is zero everywhere: its examples say nothing")
-        floor = self.floor * fmean(mean / norm for mean, norm in zip(means, norms, strict=True))
-        ctx.record(fisher_norms=dict(zip(fishers, norms, strict=True)), fisher_floor=floor)
-
-        def rule(block: Block) -> Tensor:
-            if any(block.name not in of for of in fishers.values()):
-                return average(block.pool)
-            pairs = zip(fishers.values(), norms, strict=True)
-            normalised = [of.read(block.name, block.rows, torch.float64) / norm for of, norm in pairs]
-            return soup(block.pool, normalised, floor)
-
-        return rule
-
-
-def soup(thetas: Sequence[Tensor], fishers: Sequence[Tensor], floor: float) -> Tensor:
-    """Return sum_k F_k theta_k / sum_k F_k, each F_k at least ``floor``, coordinate by coordinate (fp32)."""
-    above = torch.zeros_like(thetas[0], dtype=torch.float64)
-    below = torch.zeros_like(above)
-    for theta, of in zip(thetas, fishers, strict=True):
-        weight = of.double().clamp(min=floor)
-        above += weight * theta
-        below += weight
-    return (above / below).float()
-
-
-def _norm_and_mean(of: Checkpoint) -> tuple[float, float]:
-    """Return the L2 norm and the mean of a Fisher over all its coordinates."""
-    squares = total = 0.0
-    for name, spec in of.items():
-        for rows in row_blocks(spec.shape):
-            values = of.read(name, rows, torch.float64)
-            squares += float(values.square().sum())
-            total += float(values.sum())
-    return math.sqrt(squares), total / sum(spec.numel for spec in of.values())
+        normalised = NormalisedFishers.of(fishers, self.floor)
+        ctx.record(fisher_norms=dict(normalised.norms), fisher_floor=normalised.floor)
+        return normalised.barycentre

@@ -1,8 +1,8 @@
 """Control: one natural-gradient step on the alignment examples, from the plain average.
 
-theta = average - eta G^-1 mean_i g_i, with the gradients and the diagonal metric G taken at ``at`` and eta chosen so
-that the step's Euclidean length is ``length`` times that of the average's delta. It sees exactly the examples that
-AlignMerge sees, and no anchor: whatever AlignMerge keeps beyond this is due to its geometry.
+theta = average - eta G^-1 mean_i g_i, with the gradients and the diagonal metric G taken at ``at`` and eta
+chosen so that the step's Euclidean length is ``length`` times that of the average's delta. It sees exactly the
+examples that AlignMerge sees, and no anchor: whatever AlignMerge keeps beyond this is due to its geometry.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class GradientStep(Merger):
         uniform = torch.full((len(examples),), 1 / len(examples))
         gradient = weighted_sum(ctx.loaded(point), examples, uniform, precision=PRECISION)
         step = {name: -g / damped(diagonal.read(name), mean, self.damping) for name, g in gradient.items()}
-        scale = self.length * _average_length(ctx) / math.sqrt(sum(float(s.double().square().sum()) for s in step.values()))
+        norm = math.sqrt(sum(float(s.double().square().sum()) for s in step.values()))
+        scale = self.length * _average_length(ctx) / norm
         ctx.record(step_scale=scale)
 
         def rule(block: Block) -> Tensor:
