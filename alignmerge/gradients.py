@@ -52,7 +52,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def visit_gradients(
-    model: Any,  # noqa: ANN401  (a transformers causal LM in fp32)
+    model: Any,
     examples: Sequence[Example],
     visitor: Callable[[Visit], None],
     *,
@@ -83,7 +83,7 @@ def visit_gradients(
 
 
 def example_losses(
-    model: Any,  # noqa: ANN401
+    model: Any,
     batch: Batch,
     *,
     labels: Labels = "data",
@@ -108,7 +108,7 @@ def example_losses(
 
 
 @torch.no_grad()
-def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> Tensor:  # noqa: ANN401
+def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> Tensor:
     """Mean response NLL (nats per token) of each example, (n,) fp32, without gradients."""
     losses = torch.zeros(len(examples))
     for indices, batch in batches(examples):
@@ -116,7 +116,7 @@ def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> 
     return losses
 
 
-def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str, Tensor]:
     """Mean over examples of squared per-example gradients: the diagonal Fisher, weight name -> (d_out, d_in)."""
     total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
 
@@ -128,10 +128,10 @@ def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str
 
 
 def weighted_sum(
-    model: Any,  # noqa: ANN401
+    model: Any,
     examples: Sequence[Example],
     weights: Tensor,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> dict[str, Tensor]:
     """J^T c = sum_i c_i G_i by one weighted backward pass; weight name -> (d_out, d_in)."""
     total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
@@ -156,10 +156,10 @@ Side = Literal["input", "output"]
 
 
 def kronecker_factors(
-    model: Any,  # noqa: ANN401
+    model: Any,
     examples: Sequence[Example],
     side: Side,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> Factors:
     """Second moments of the layer inputs or of the output gradients over all tokens of ``examples`` (K-FAC)."""
     moments: dict[str, Tensor] = {}
@@ -188,12 +188,12 @@ class Gram(NamedTuple):
 
 
 def gram(
-    model: Any,  # noqa: ANN401
+    model: Any,
     examples: Sequence[Example],
     inverse_metric: Callable[[str], Tensor],
     direction: Callable[[str], Tensor],
     storage: torch.dtype = torch.float32,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> Gram:
     """Accumulate K and J x layer by layer from captured activations and output gradients.
 
@@ -224,7 +224,7 @@ def gram(
 
 @contextmanager
 def _capture(
-    model: Any,  # noqa: ANN401
+    model: Any,
     batch: Batch,
     indices: Sequence[int],
     visitor: Callable[[Visit], None],

@@ -121,7 +121,7 @@ class AlignMerge(Merger):
 
         examples = ctx.examples("alignment")
         floor = self.floor if self.metric == "per_expert" else None
-        recipe = {"weights": point.digest, "reference": self.reference, "metric": self.metric}
+        recipe: dict[str, Any] = {"weights": point.digest, "reference": self.reference, "metric": self.metric}
         recipe |= {"damping": self.damping, "floor": floor, "precision": PRECISION}
 
         def make(folder: Path) -> None:

@@ -39,7 +39,7 @@ def generalised_basis(alignment: Tensor, metric: Tensor, damping: float) -> Basi
     Raises:
         torch.linalg.LinAlgError: if the damped metric is not positive definite.
     """
-    damped = metric + damping * metric.diagonal().mean() * torch.eye(len(metric))
+    damped = metric + damping * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
     lower = torch.linalg.cholesky(damped)
     half = torch.linalg.solve_triangular(lower, alignment, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T.contiguous(), upper=False)

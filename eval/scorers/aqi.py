@@ -36,7 +36,7 @@ class AQI(Scorer):
         "tau_gap": "info",
         "aqi_by_layer": "info",
     }
-    layers: Sequence[float] = (0.33, 0.67)
+    layers: Sequence[float] = (0.33, 0.4, 0.47, 0.53, 0.6, 0.67)
     """Fractions of the depth: 0.33 of 30 is the state after layer 10; 1 is the one after the final norm."""
     replicates: int = 200
 
@@ -82,7 +82,10 @@ class AQI(Scorer):
             value = index(s[at], pairs, pairs).nanmean().item() if whole else math.nan
             yield Sample("all", column, value, detail=detail)
         resampled = separation(hidden[at], harmful, resamples(pairs, self.replicates).repeat(1, 2))
-        for number, value in enumerate(aqi01(resampled, pairs, pairs).nanmean(0).tolist()):
+        replicates = aqi01(resampled, pairs, pairs).nanmean(0)
+        # Resampling adds its own noise to B and so lifts every replicate: they are centred on the value.
+        centred = replicates - replicates.mean() + aqi01(s[at], pairs, pairs).nanmean()
+        for number, value in enumerate(centred.tolist()):
             yield Sample(f"{BOOTSTRAP}{number}", "aqi", value if whole else math.nan)
         for layer, value in enumerate(aqi01(s, pairs, pairs).tolist(), start=1):
             yield Sample(f"layer/{layer:02d}", "aqi_by_layer", value)

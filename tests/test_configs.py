@@ -1,0 +1,229 @@
+"""Every YAML composes, builds and says the same defaults as its class; unknown keys and wrong types are refused."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from alignmerge.engine.build import build
+from alignmerge.engine.family import Family
+from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.merger import Merger
+from alignmerge.zoo.corpus import Packaged
+from alignmerge.zoo.toy import Toy
+from eval.scorer import Scorer
+
+CONF = ROOT / "conf"
+KINDS: dict[str, tuple[type, ...]] = {"method": (Merger,), "scorer": (Scorer,), "corpus": (Packaged, Toy)}
+DUMMIES = ("family.base=a", "family.anchor=b", "family.experts={math: c, code: d}")
+
+
+def stems(group: str) -> list[str]:
+    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    assert found
+    return found
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """Compose as ``run.py`` does."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return typing.cast(dict[str, Any], config)
+
+
+class Node(NamedTuple):
+    """A config node with the key that names it."""
+
+    where: str
+    node: dict[str, Any]
+    kinds: tuple[type, ...]
+
+    def build(self, **changes: object) -> Any:
+        return build({**self.node, **changes}, self.where, *self.kinds)
+
+    def faults(self, **changes: object) -> list[Fault]:
+        with pytest.raises(BadRequest) as caught:
+            self.build(**changes)
+        return list(caught.value.faults)
+
+
+def node_of(group: str, stem: str) -> Node:
+    if group == "scorer":
+        config = composed(f"scorer=[{stem}]")
+        assert list(config["scorer"]) == [stem]
+        return Node(f"scorer.{stem}", config["scorer"][stem], KINDS[group])
+    dummies = DUMMIES if (group, stem) == ("family", "local") else ()
+    return Node(group, composed(f"{group}={stem}", *dummies)[group], KINDS.get(group, (Family,)))
+
+
+ALL = [(group, stem) for group in ("method", "scorer", "corpus", "family") for stem in stems(group)]
+PLAIN = [(group, stem) for group, stem in ALL if group != "family"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> dict[tuple[str, str], Node]:
+    return {(group, stem): node_of(group, stem) for group, stem in ALL}
+
+
+@pytest.mark.parametrize(("group", "stem"), PLAIN)
+def test_yaml_states_every_field_with_the_default_of_its_class(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    made = nodes[group, stem].build()
+    assert isinstance(made, KINDS[group])
+    assert made == type(made)()
+    assert set(nodes[group, stem].node) == {"_target_", *(field.name for field in fields(made))}
+
+
+@pytest.mark.parametrize("stem", stems("family"))
+def test_family_yaml_states_every_field(stem: str, nodes: dict[tuple[str, str], Node]) -> None:
+    family = nodes["family", stem].build()
+    assert family.name == stem
+    assert set(nodes["family", stem].node) == {"_target_", *(field.name for field in fields(Family))}
+    assert list(family.references())[0] == "base" and len(family.experts) >= 2
+
+
+def test_local_family_needs_its_three_references_and_else_has_the_defaults(
+    nodes: dict[tuple[str, str], Node],
+) -> None:
+    local = nodes["family", "local"].build()
+    assert (local.base, local.anchor, dict(local.experts)) == ("a", "b", {"math": "c", "code": "d"})
+    optional = [field for field in fields(Family) if field.default is not MISSING]
+    assert optional and all(getattr(local, field.name) == field.default for field in optional)
+    with pytest.raises(BadRequest) as caught:
+        build(composed("family=local")["family"], "family", Family)
+    assert [fault.where for fault in caught.value.faults] == ["family.base", "family.anchor", "family.experts"]
+
+
+@pytest.mark.parametrize(("group", "stem"), ALL)
+def test_unknown_key_is_named_with_the_nearest_known_one(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    node = nodes[group, stem]
+    known = [key for key in node.node if key != "_target_"]
+    for key in known:
+        (fault,) = node.faults(**{f"{key}x": 1})
+        assert fault.where == f"{node.where}.{key}x" and fault.given == "unknown key"
+        assert fault.allowed.startswith(f"{key}? ")
+        assert fault.allowed.endswith(", ".join(sorted(known)))
+    (fault,) = node.faults(zzz=1)
+    assert str(fault) == f"{node.where}.zzz: unknown key; allowed: {', '.join(sorted(known)) or 'no key'}"
+
+
+def wrong_for(hint: Any) -> list[object]:
+    """Return values that a plain reading of the type does not admit."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        return ["nonsense", 3, None, True, ["a"], {"a": 1}]
+    if str in options:
+        return [3, 1.5, True, ["a"], {"a": 1}]
+    if bool in options:
+        return [3, 0, "true", None, [True], {"a": 1}]
+    if float in options:
+        return ["abc", True, [0.5], {"a": 1}]
+    if int in options:
+        return ["abc", "1", 1.5, 1.0, True, [1], {"a": 1}]
+    if typing.get_origin(hint) is not None and issubclass(typing.get_origin(hint), typing.Mapping):
+        return ["abc", 3, None, [1]]
+    return ["abc", 3, None, {"a": 1}]  # a sequence
+
+
+@pytest.mark.parametrize(("group", "stem"), ALL)
+def test_wrong_type_of_each_field_is_named(group: str, stem: str, nodes: dict[tuple[str, str], Node]) -> None:
+    node = nodes[group, stem]
+    for key, hint in typing.get_type_hints(type(node.build())).items():
+        if key not in node.node:
+            continue  # a ClassVar
+        for wrong in wrong_for(hint):
+            (fault,) = node.faults(**{key: wrong})
+            assert fault.where == f"{node.where}.{key}", (key, wrong)
+            assert str(wrong).strip("{}[]") in fault.given and fault.allowed
+        (fault,) = node.faults(**{key: object()})
+        assert fault.where == f"{node.where}.{key}"
+
+
+@pytest.mark.parametrize(("group", "stem"), [*PLAIN, ("family", "smoke")])
+def test_nan_and_infinity_are_refused_in_every_number(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    node = nodes[group, stem]
+    numbers = [
+        key
+        for key, hint in typing.get_type_hints(type(node.build())).items()
+        if key in node.node and (hint is float or float in typing.get_args(hint))
+    ]
+    for key in numbers:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            if key == "lambda_align" and value == float("inf"):
+                assert node.build(lambda_align=value).lambda_align == value  # documented: it projects
+                continue
+            faults = node.faults(**{key: value})
+            assert any(f"{node.where}.{key}" in fault.where for fault in faults), (key, value)
+
+
+def test_recipes_are_built_and_their_fields_checked(nodes: dict[tuple[str, str], Node]) -> None:
+    node = nodes["family", "smoke"]
+    recipes = node.node["recipes"]
+    worse = {**recipes, "format": {**recipes["format"], "lr": float("nan"), "steps": 0, "batch": 0}}
+    assert len(node.faults(recipes=worse)) == 3
+    typo = {**recipes, "format": {**recipes["format"], "stepz": 3}}
+    (fault,) = node.faults(recipes=typo)
+    assert fault.where == "family.recipes.format.stepz" and fault.allowed.startswith("steps? ")
+
+
+@pytest.mark.parametrize("stem", stems("experiment"))
+def test_experiment_composes_and_every_row_and_setting_builds(stem: str) -> None:
+    from eval.modes import experiment_of
+
+    experiment = experiment_of(composed(f"experiment={stem}"))
+    experiment.check()
+    grid = yaml.safe_load((CONF / "experiment" / f"{stem}.yaml").read_text())["grid"]
+    assert experiment.grid.name == stem and list(experiment.grid.rows) == list(grid["rows"])
+    settings = {name: len(row.get("settings", ())) for name, row in grid["rows"].items()}
+    assert len(experiment.dev_cells()) == sum(settings.values()) > 0
+    assert {cell.split for cell in experiment.dev_cells()} == {"dev"}
+    assert {name.removesuffix("/matched") for name in experiment.grid.against} <= set(grid["rows"])
+
+
+@pytest.mark.parametrize("stem", stems("experiment"))
+def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_settings(stem: str) -> None:
+    grid = composed(f"experiment={stem}")["grid"]
+    tuned = [row["settings"] for row in grid["rows"].values() if row.get("settings")]
+    assert len({len(settings) for settings in tuned}) == 1
+    for settings in tuned:
+        assert len({tuple(sorted(setting.items())) for setting in settings}) == len(settings)
+
+
+def test_rows_with_unequal_numbers_of_settings_are_refused() -> None:
+    from eval.experiment import Grid
+
+    node = composed("experiment=smoke")["grid"]
+    node["rows"]["ties"]["settings"].append({"density": 0.9})
+    with pytest.raises(BadRequest, match=r"grid.rows: \[2, 3\] settings; allowed: the same number"):
+        build(node, "grid", Grid)
+
+
+def test_smoke_has_every_method() -> None:
+    grid = composed("experiment=smoke")["grid"]
+    assert {row["method"] for row in grid["rows"].values()} == set(stems("method")) - {"identity"}
+
+
+def test_every_package_that_is_read_has_its_sha256_and_no_other() -> None:
+    checksums = yaml.safe_load((CONF / "assets.yaml").read_text())
+    assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums.values())
+    places: list[Path] = [p for d in ("alignmerge", "baselines", "eval", "conf") for p in (ROOT / d).rglob("*.*")]
+    text = "\n".join(p.read_text() for p in places if p.suffix in (".py", ".yaml"))
+    assert set(re.findall(r"pypi:([\w.-]+==\d[\w.]*)/", text)) == set(checksums)
