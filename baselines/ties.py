@@ -70,9 +70,7 @@ def kth_largest(stream: Stream, k: int) -> list[float]:
     """
     upper = [_rank(counts, k) for counts in _histograms(stream, lambda model, bits: bits >> 16)]
     lower = _histograms(stream, lambda model, bits: bits[bits >> 16 == upper[model][0]] & 0xFFFF)
-    bits = [
-        bucket << 16 | _rank(counts, left)[0] for (bucket, left), counts in zip(upper, lower, strict=True)
-    ]
+    bits = [bucket << 16 | _rank(counts, left)[0] for (bucket, left), counts in zip(upper, lower, strict=True)]
     return [float(value) for value in torch.tensor(bits, dtype=torch.int32).view(torch.float32)]
 
 

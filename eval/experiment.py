@@ -120,11 +120,17 @@ class Experiment:
             raise BadRequest(dict.fromkeys(faults))
 
     def dev_cells(self) -> list[Cell]:
-        """Return the cells that settings are selected on; neighbours differ in method and so wait less for each other."""
+        """Return the cells that settings are selected on; neighbours differ in method: they wait less on locks."""
         scorers = list(self.grid.dev_scorers.values())
         tried = max((len(row.settings) for row in self.grid.rows.values()), default=0)
         return [
-            Cell(name, spell(row.settings[i]), "dev", scorers, merger=self.merger(row, row.settings[i], f"grid.rows.{name}"))
+            Cell(
+                name,
+                spell(row.settings[i]),
+                "dev",
+                scorers,
+                merger=self.merger(row, row.settings[i], f"grid.rows.{name}"),
+            )
             for i in range(tried)
             for name, row in self.grid.rows.items()
             if row.settings

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from alignmerge.engine.merger import MergeContext
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from alignmerge.engine.merger import MergeContext
 
 Direction = Literal["up", "down", "info"]
 BOOTSTRAP = "boot:"

@@ -110,10 +110,7 @@ def measure_all(scores: pd.DataFrame) -> dict[str, dict[str, Measured]]:
     if summarised.empty:
         raise BadRequest.of("scores", "no samples", "at least one scored row")
     refuse_different_prompts(summarised)
-    return {
-        str(family): _measure_family(of_family)
-        for family, of_family in summarised.groupby("family", sort=False)
-    }
+    return {str(family): _measure_family(of_family) for family, of_family in summarised.groupby("family", sort=False)}
 
 
 def _measure_family(scores: pd.DataFrame) -> dict[str, Measured]:
@@ -187,9 +184,7 @@ def resampled_means(values: Floats, column: str) -> Floats:
     return means
 
 
-def _interval(
-    values: Floats, replicates: Floats, bounds: tuple[float, float] | None
-) -> tuple[Floats, Floats]:
+def _interval(values: Floats, replicates: Floats, bounds: tuple[float, float] | None) -> tuple[Floats, Floats]:
     """Return the [R] ends of the percentile interval of the replicates.
 
     Where all n 0/1 values (or their differences) agree, every resample agrees too and the percentile
@@ -213,9 +208,7 @@ def _interval(
     return low, high
 
 
-def combined(
-    name: str, direction: Direction, parts: Sequence[Measured], rule: Callable[[Floats], Floats]
-) -> Measured:
+def combined(name: str, direction: Direction, parts: Sequence[Measured], rule: Callable[[Floats], Floats]) -> Measured:
     """Return the unweighted mean over ``parts`` of ``rule``, which maps [R, B] to [R, B].
 
     The parts are resampled independently of each other, as they have different prompts. A row that lacks a
@@ -315,18 +308,14 @@ def budget_violations(aqi: pd.DataFrame, rows: Sequence[str]) -> Measured | None
         rows,
         mean=mean,
         replicates=np.empty((len(mean), 0)),
-        n=np.where(
-            np.isnan(mean), 0, _whole(replicates.notna().sum(axis=1).groupby(level="row").sum(), rows)
-        ),
+        n=np.where(np.isnan(mean), 0, _whole(replicates.notna().sum(axis=1).groupby(level="row").sum(), rows)),
         seeds=_whole(below.groupby(level="row").count(), rows),
     )
 
 
 def summary(measured: Mapping[str, Mapping[str, Measured]]) -> pd.DataFrame:
     """Return one line per family, row and column that has at least one sample (``summary.csv``)."""
-    return pd.concat(
-        [_summarise(family, columns.values()) for family, columns in measured.items()], ignore_index=True
-    )
+    return pd.concat([_summarise(family, columns.values()) for family, columns in measured.items()], ignore_index=True)
 
 
 def _summarise(family: str, columns: Iterable[Measured]) -> pd.DataFrame:
@@ -374,11 +363,7 @@ def comparisons(measured: Mapping[str, Mapping[str, Measured]], against: Sequenc
         for column in columns.values()
         for frame in _compare_column(column, against)
     ]
-    return (
-        pd.concat(frames, ignore_index=True)[list(_COMPARISON)]
-        if frames
-        else pd.DataFrame(columns=_COMPARISON)
-    )
+    return pd.concat(frames, ignore_index=True)[list(_COMPARISON)] if frames else pd.DataFrame(columns=_COMPARISON)
 
 
 _COMPARISON = (
@@ -448,11 +433,7 @@ def _differences(column: Measured, other: int, *, tested: bool) -> pd.DataFrame:
 def _test(column: Measured, other: int, values: Floats, replicates: Floats) -> tuple[str, Floats]:
     """Return the name of the paired test that fits the data and its [R] p-values."""
     if values.shape[1] < 2:
-        return (
-            ("replicates", replicate_p(replicates))
-            if replicates.shape[1]
-            else ("", np.full(len(values), np.nan))
-        )
+        return ("replicates", replicate_p(replicates)) if replicates.shape[1] else ("", np.full(len(values), np.nan))
     if np.isin(column.values[~np.isnan(column.values)], (0.0, 1.0)).all():
         return "mcnemar", np.array([mcnemar_p(row, column.values[other]) for row in column.values])
     return "sign_flip", sign_flip_p(values)

@@ -56,7 +56,7 @@ class StoreSubject:
         return LoadedModel(load_model(self.folder, family.dtype), self._tokenizer, family.batch_size)
 
     @cached_property
-    def _tokenizer(self) -> Any:  # noqa: ANN401
+    def _tokenizer(self) -> Any:
         from alignmerge.engine.language import load_tokenizer
 
         return load_tokenizer(self.folder)
@@ -123,7 +123,10 @@ class StoreSubject:
 
 def score(scorer: Scorer, subject: StoreSubject) -> Artifact:
     """Return the samples of one scorer for one model as an artifact (``samples.parquet``), made once."""
-    recipe: dict[str, Any] = {"scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}", "version": scorer.version}
+    recipe: dict[str, Any] = {
+        "scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
+        "version": scorer.version,
+    }
     recipe |= {"fields": asdict(scorer), "weights": subject.digest, "split": subject.split, **subject.setting()}
     if scorer.relative:
         models = subject.family_models()
@@ -150,7 +153,14 @@ def _frame(samples: Sequence[Sample], scorer: Scorer) -> pd.DataFrame:
     import pandas as pd
 
     rows = [
-        (s.id, s.column, float(s.value), s.prompt, json.dumps(_jsonable(s.detail), sort_keys=True), _direction(scorer, s))
+        (
+            s.id,
+            s.column,
+            float(s.value),
+            s.prompt,
+            json.dumps(_jsonable(s.detail), sort_keys=True),
+            _direction(scorer, s),
+        )
         for s in samples
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -164,5 +174,3 @@ def _direction(scorer: Scorer, sample: Sample) -> str:
 
 def _jsonable(detail: Mapping[str, Any]) -> dict[str, Any]:
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in detail.items()}
-
-

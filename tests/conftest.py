@@ -85,7 +85,7 @@ def save_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     fast.save_pretrained(folder)
 
 
-def _build(arch: str, seed: int, changes: dict[str, object]) -> Any:  # noqa: ANN401  (a transformers model)
+def _build(arch: str, seed: int, changes: dict[str, object]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -48,7 +48,7 @@ def mean(block: Block) -> Tensor:
     return average(block.pool)
 
 
-def load(folder: Path) -> Any:  # noqa: ANN401  (a transformers model)
+def load(folder: Path) -> Any:
     """Load in transformers and insist that every key was found and none was left over."""
     from transformers import AutoModelForCausalLM
 

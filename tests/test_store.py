@@ -49,7 +49,7 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def reordered(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
+def reordered(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: reordered(value[key]) for key in reversed(value)}
     return [reordered(item) for item in value] if isinstance(value, list) else value

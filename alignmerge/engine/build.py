@@ -94,7 +94,8 @@ def _mapping(value: Mapping[str, Any], hint: Any, where: str) -> Any:
 
 def _each(places: Iterable[str], values: Iterable[Any], hint: Any) -> list[Any]:
     """Check values of one type, each with its own place; all faults at once."""
-    made, faults = [], []
+    made: list[Any] = []
+    faults: list[Fault] = []
     for where, value in zip(places, values, strict=True):
         try:
             made.append(_value(value, hint, where))

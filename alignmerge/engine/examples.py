@@ -48,9 +48,7 @@ def read_jsonl(path: Path, where: str, keys: Sequence[str] = ("prompt", "respons
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or any(not isinstance(record.get(key), str) for key in keys):
-            raise BadRequest.of(
-                f"{where}: {path}:{number}", "not a record", "JSON with the texts " + ", ".join(keys)
-            )
+            raise BadRequest.of(f"{where}: {path}:{number}", "not a record", "JSON with the texts " + ", ".join(keys))
         records.append(record)
     return records
 
@@ -61,13 +59,13 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
 
 
-def render(tokenizer: Any, prompt: str) -> str:  # noqa: ANN401  (a transformers tokenizer)
+def render(tokenizer: Any, prompt: str) -> str:
     """Put a user turn through the chat template and open the assistant's turn."""
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def tokenise(tokenizer: Any, records: Iterable[Mapping[str, Any]], max_length: int = 1024) -> list[Example]:  # noqa: ANN401
+def tokenise(tokenizer: Any, records: Iterable[Mapping[str, Any]], max_length: int = 1024) -> list[Example]:
     """Tokenise {prompt, response[, open]} records; an ``open`` response was cut: no end-of-turn token."""
     examples = []
     for record in records:

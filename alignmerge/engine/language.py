@@ -13,7 +13,7 @@ import torch
 Progress = Callable[[int, int], None]
 
 
-def load_model(folder: Path, dtype: str = "float32") -> Any:  # noqa: ANN401  (a transformers model)
+def load_model(folder: Path, dtype: str = "float32") -> Any:
     """Load native causal LM weights in evaluation mode; remote code is never run.
 
     Raises:
@@ -33,7 +33,7 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:  # noqa: ANN401  (a
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401  (a transformers tokenizer)
+def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder; a missing pad token becomes the end-of-sequence token."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
@@ -46,8 +46,8 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401  (a transformers tokeni
 
 @torch.inference_mode()
 def greedy(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     rendered: Sequence[str],
     *,
     max_new_tokens: int,

@@ -85,7 +85,7 @@ class MergeContext(Protocol):
         """Return the uniform average of the pool as a checkpoint (for ``at: barycentre``)."""
         ...
 
-    def record(self, **facts: Any) -> None:  # noqa: ANN401  (any JSON value)
+    def record(self, **facts: Any) -> None:
         """Put facts into the manifest of the merge (certificate, fractions, weights)."""
         ...
 

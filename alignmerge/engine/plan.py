@@ -65,9 +65,7 @@ def open_models(folders: Mapping[str, Path]) -> Models:
         if base is not None and checkpoint is not base:
             faults += conflicts(base, checkpoint)
     if faults or base is None:
-        raise BadRequest(
-            dict.fromkeys(faults)
-        )  # what is wrong with the base's tokenizer is found once per model
+        raise BadRequest(dict.fromkeys(faults))  # what is wrong with the base's tokenizer is found once per model
     experts = {k.removeprefix("experts."): c for k, c in opened.items() if k.startswith("experts.")}
     return Models(base, opened["anchor"], experts, opened.get("pretrained"))
 
@@ -106,9 +104,7 @@ def _structure(base: Checkpoint, other: Checkpoint) -> list[Fault]:
             faults.append(Fault(where, f"{key} is {_plain(given)}", f"{_plain(wanted)}, as in the base"))
     if base.tied != other.tied:
         words = {True: "tied to the embeddings", False: "a matrix of its own"}
-        faults.append(
-            Fault(where, f"the output matrix is {words[other.tied]}", f"{words[base.tied]}, as in the base")
-        )
+        faults.append(Fault(where, f"the output matrix is {words[other.tied]}", f"{words[base.tied]}, as in the base"))
     return faults
 
 

@@ -19,7 +19,7 @@ LINES_PER_TASK = 4
 class Reporter:
     """Sends (label, done, total) to the board; crosses process borders."""
 
-    def __init__(self, queue: Any, label: str) -> None:  # noqa: ANN401  (a manager's queue proxy)
+    def __init__(self, queue: Any, label: str) -> None:
         self.queue, self.label = queue, label
 
     def __call__(self, done: int, total: int) -> None:

@@ -47,9 +47,7 @@ class Store:
 
     def key(self, stage: str, recipe: Mapping[str, Any]) -> str:
         """Return the key of a recipe: 24 hex digits of the sha256 of its canonical JSON."""
-        text = json.dumps(
-            {"format": FORMAT, "stage": stage, "recipe": recipe}, sort_keys=True, allow_nan=False
-        )
+        text = json.dumps({"format": FORMAT, "stage": stage, "recipe": recipe}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def path(self, stage: str, recipe: Mapping[str, Any]) -> Path:
@@ -65,9 +63,7 @@ class Store:
             return None
         return Artifact(path.name, path, manifest)
 
-    def obtain(
-        self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
-    ) -> Artifact:
+    def obtain(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         """Return the artifact of a recipe; unless it exists, ``make`` fills its folder and returns facts.
 
         Two processes that ask for the same artifact make it once: the second waits for the first.
@@ -147,6 +143,6 @@ class Store:
                 continue
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  (any JSON value)
+def write_json(path: Path, value: Any) -> None:
     """Write sorted, readable JSON; refuses NaN, which JSON does not have."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")

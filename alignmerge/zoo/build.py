@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example, read_jsonl, render, tokenise
-from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.family import Family
+from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, threads
 from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.engine.merger import Models
@@ -60,7 +60,7 @@ class Zoo:
         """The corpus folder."""
         recipe = {"corpus": type(self.corpus).__name__, "version": self.corpus.version, **asdict(self.corpus)}
         recipe["packages"] = dict(self.assets.checksums)
-        return self.store.obtain("corpus", recipe, lambda folder: self._write_corpus(folder))
+        return self.store.obtain("corpus", recipe, self._write_corpus)
 
     def source(self, key: str, progress: Progress = silent) -> Source:
         """Return folder and digest of the model ``base``, ``anchor``, ``pretrained`` or ``experts.<alias>``."""
@@ -80,7 +80,8 @@ class Zoo:
         Raises:
             BadRequest: with every reference that is wrong.
         """
-        found, faults = {}, []
+        found: dict[str, Path] = {}
+        faults: list[Fault] = []
         for key, reference in self.family.references().items():
             made_here = reference.startswith("zoo:") or reference.endswith(".gguf")
             try:
@@ -222,7 +223,7 @@ class Zoo:
 EXPERT_EXAMPLES = 64
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> str:  # noqa: ANN401
+def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
     """Save weights, config and tokenizer as a Hugging Face folder and return the weights' digest."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

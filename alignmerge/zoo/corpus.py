@@ -155,7 +155,7 @@ def _json(asset: Asset, reference: str) -> list[dict[str, Any]]:
 
 def _question(text: str) -> str:
     """Keep the request; what follows the first blank line is an answer, which is never used."""
-    return text.split("\n\n")[0]
+    return text.split("\n\n", maxsplit=1)[0]
 
 
 def _normal(text: str) -> str:

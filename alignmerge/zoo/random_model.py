@@ -11,8 +11,8 @@ from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.seeding import stream_seed
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -52,7 +52,7 @@ def _texts(corpus: Path) -> list[str]:
     return [record[key] for record in records for key in ("text", "response") if key in record]
 
 
-def _tokenizer(texts: list[str], size: int) -> Any:  # noqa: ANN401
+def _tokenizer(texts: list[str], size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -22,7 +22,7 @@ class Toy:
     version: ClassVar[int] = 1
     seed: int = 0
 
-    def build(self, asset: Any, folder: Path) -> None:  # noqa: ANN401
+    def build(self, asset: Any, folder: Path) -> None:
         """Write every set that the packaged corpus has."""
         words = list(WORDS)
         python_stream(self.seed, "toy").shuffle(words)

@@ -53,21 +53,19 @@ class Recipe:
             raise BadRequest(faults)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return the matrices of attention and MLP; embeddings, norms and the head stay frozen."""
     return {name: layer.weight for name, layer in linear_layers(model).items()}
 
 
-def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress) -> list[float]:  # noqa: ANN401
+def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress) -> list[float]:
     """Train ``model`` in place and return the loss (nats per response token) of every step."""
     parameters = trainable(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
-        parameters.values(), lr=recipe.lr, betas=BETAS, weight_decay=0.0, fused=True
-    )
+    optimiser = torch.optim.AdamW(parameters.values(), lr=recipe.lr, betas=BETAS, weight_decay=0.0, fused=True)
     losses = []
     model.train()
     for step, batch in enumerate(_steps(examples, recipe)):
@@ -84,7 +82,7 @@ def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Pro
     return losses
 
 
-def response_loss(model: Any, batch: Batch, precision: str) -> Tensor:  # noqa: ANN401
+def response_loss(model: Any, batch: Batch, precision: str) -> Tensor:
     """Mean NLL (nats) of the response tokens of a batch; the head runs on the last ``keep`` positions only."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         logits = model(

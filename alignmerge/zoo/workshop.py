@@ -1,4 +1,4 @@
-"""One merge as an artifact: what a method may ask for while it fits, and the recipe that its result is a function of."""
+"""One merge as an artifact: what a method may ask for while it fits, and the recipe that determines it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Workshop:
         """Return a tokenised example set."""
         return self.zoo.examples(name)
 
-    def cached(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any] | None]) -> Artifact:
+    def cached(
+        self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any] | None]
+    ) -> Artifact:
         """Return the artifact of a statistic; its key holds the example sets, the pool and the library versions."""
         pool = {alias: model.digest for alias, model in zip(self.models.aliases, self.models.pool, strict=True)}
         full = {**recipe, "data": self.zoo.examples_digest(), "pool": pool, "versions": versions()}
@@ -61,7 +63,7 @@ class Workshop:
         checkpoint.__dict__["digest"] = artifact.digest
         return checkpoint
 
-    def record(self, **facts: Any) -> None:  # noqa: ANN401
+    def record(self, **facts: Any) -> None:
         """Put facts into the manifest of the merge."""
         self.facts |= facts
 
@@ -169,6 +171,6 @@ def _significant(value: float) -> float:
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no infinity; everything else in a method's fields is JSON already."""
-    return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in fields.items()}
-
-
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in fields.items()
+    }

@@ -68,11 +68,7 @@ def write(
         suffix = "" if len(measured) == 1 else "-" + re.sub(r"[^\w.]+", "-", family)
         of_family = scores[scores["family"] == family]
         caption = ". ".join([family, *notes[:1]])
-        tried = (
-            selection
-            if selection is None or "family" not in selection
-            else selection.query("family == @family")
-        )
+        tried = selection if selection is None or "family" not in selection else selection.query("family == @family")
         for name, figure in draw(columns, of_family, caption=caption, selection=tried).items():
             _save(figure, folder / f"{name}{suffix}")
 
@@ -103,9 +99,7 @@ def draw(
                 "Where the merges leave the anchor",
                 caption,
             ),
-            "aqi_by_layer": by_layer(
-                scores, {"aqi_by_layer": "AQI"}, "Separation of harmful from benign", caption
-            ),
+            "aqi_by_layer": by_layer(scores, {"aqi_by_layer": "AQI"}, "Separation of harmful from benign", caption),
             "dev_front": None if selection is None else dev_front(selection, caption),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -187,14 +181,10 @@ def _identity_markers(axes: Axes, x: Measured, y: Measured, identity: Sequence[i
         kind, marker = kinds.get(x.rows[i], ("expert", "^"))
         label = kind if kind not in named else None
         named.add(kind)
-        axes.plot(
-            x.mean[i], y.mean[i], marker, mfc="white", mec=_GREY, ms=7, mew=1.3, ls="", label=label, zorder=3
-        )
+        axes.plot(x.mean[i], y.mean[i], marker, mfc="white", mec=_GREY, ms=7, mew=1.3, ls="", label=label, zorder=3)
 
 
-def _method_markers(
-    axes: Axes, x: Measured, y: Measured, methods: Sequence[int], over: Measured | None
-) -> None:
+def _method_markers(axes: Axes, x: Measured, y: Measured, methods: Sequence[int], over: Measured | None) -> None:
     """Draw the methods, coloured by over-refusal where it was measured."""
     style: dict[str, Any] = {
         "s": 62,
@@ -208,9 +198,7 @@ def _method_markers(
         return
     top = max(0.1, float(np.nan_to_num(over.mean[methods]).max(initial=0.0)))
     colours = over.mean[methods]
-    points = axes.scatter(
-        x.mean[methods], y.mean[methods], c=colours, cmap="viridis_r", vmin=0, vmax=top, **style
-    )
+    points = axes.scatter(x.mean[methods], y.mean[methods], c=colours, cmap="viridis_r", vmin=0, vmax=top, **style)
     label = "over-refusal rate of the methods ↓"
     bar = axes.figure.colorbar(points, ax=axes, shrink=0.6, aspect=28, pad=0.02, label=label)
     bar.outline.set_visible(False)
@@ -320,9 +308,7 @@ def _profile(scores: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return rows x layers, averaged over seeds, without rows of zeros (the anchor's drift from itself)."""
     samples = scores[scores["column"] == column]
     layers = samples["id"].str.removeprefix("layer/").astype(int)
-    profile = samples.assign(layer=layers).pivot_table(
-        index="row", columns="layer", values="value", aggfunc="mean"
-    )
+    profile = samples.assign(layer=layers).pivot_table(index="row", columns="layer", values="value", aggfunc="mean")
     profile = profile.reindex(ordered(samples["row"]))
     return profile[(profile.fillna(0) != 0).any(axis=1)]
 
@@ -388,10 +374,7 @@ def dev_front(selection: pd.DataFrame, caption: str) -> Figure | None:
 def _settings(rows: Iterable[str], chosen: pd.DataFrame) -> list[str]:
     """Return each row's name with the setting that was selected for it below."""
     settings = {row: "; ".join(map(str, of_row)) for row, of_row in chosen.groupby("row")["setting"]}
-    return [
-        "\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")])
-        for row in rows
-    ]
+    return ["\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")]) for row in rows]
 
 
 def _sweeps(axes: Axes, tried: pd.DataFrame, x: str) -> list[Line2D]:
@@ -430,9 +413,7 @@ def _label_points(figure: Figure, axes: Axes, labels: Sequence[tuple[str, float,
     for placed in range(2 * len(notes)):
         i = placed % len(notes)
         known = np.arange(len(notes)) != i if placed >= len(notes) else np.arange(len(notes)) < i
-        taken = np.vstack(
-            [np.hstack([places, sizes])[known], np.hstack([points, np.full_like(points, 18.0)])]
-        )
+        taken = np.vstack([np.hstack([places, sizes])[known], np.hstack([points, np.full_like(points, 18.0)])])
         places[i] = _best_place(points[i], sizes[i], taken, frame)
     beside = (np.abs(places - points) < sizes / 2 + 13).all(axis=1)
     for note, offset, near in zip(notes, (places - points) * 72 / figure.dpi, beside, strict=True):

@@ -96,9 +96,7 @@ def cells(of_family: pd.DataFrame, column: Column) -> dict[str, Cell]:
     best = best_methods(values["mean"], directions(of_family)[column.name])
     shown = {}
     for row, mean, low, high in values[["mean", "ci_low", "ci_high"]].itertuples(name=None):
-        ends = (
-            f"[{number(low, column.decimals)}, {number(high, column.decimals)}]" if np.isfinite(low) else ""
-        )
+        ends = f"[{number(low, column.decimals)}, {number(high, column.decimals)}]" if np.isfinite(low) else ""
         shown[row] = Cell(number(mean, column.decimals), ends, row in best)
     return shown
 

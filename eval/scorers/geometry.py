@@ -89,9 +89,7 @@ class Geometry(Scorer):
         return drift
 
 
-def _deltas(
-    ctx: MergeContext, merged: Checkpoint, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+def _deltas(ctx: MergeContext, merged: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
     """Yield (name, d, [Delta_k]) for the given weights."""
     for name in sorted(names):
         base = ctx.models.base.read(name)

@@ -77,13 +77,13 @@ class Context:
     def cached(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
         return self.store.obtain(stage, recipe, lambda folder: make(folder) or {})
 
-    def loaded(self, checkpoint: Checkpoint) -> Any:  # noqa: ANN401
+    def loaded(self, checkpoint: Checkpoint) -> Any:
         return checkpoint
 
     def barycentre(self) -> Checkpoint:
         raise AssertionError("no baseline asks for it")
 
-    def record(self, **facts: Any) -> None:  # noqa: ANN401
+    def record(self, **facts: Any) -> None:
         json.dumps(facts, allow_nan=False)
         self.facts |= facts
 
@@ -334,14 +334,14 @@ def pair(bench: Bench, first: Tensors, second: Tensors, base: float = 0) -> Mode
 
 
 @pytest.mark.parametrize("variant", ["global", "per_tensor"])
-def test_ties_by_hand(bench: Bench, variant: Any) -> None:  # noqa: ANN401
+def test_ties_by_hand(bench: Bench, variant: Any) -> None:
     models = pair(bench, {"w": tensor(3, -1, 0.1, 0)}, {"w": tensor(2, 2, -0.2, 0)})
     merged = bench.merged(Ties(density=0.5, variant=variant), models)
     torch.testing.assert_close(merged.read("w"), tensor(2.5, 2, 0, 0))
 
 
 @pytest.mark.parametrize("variant", ["global", "per_tensor"])
-def test_ties_scales_the_merged_delta_about_the_base(bench: Bench, variant: Any) -> None:  # noqa: ANN401
+def test_ties_scales_the_merged_delta_about_the_base(bench: Bench, variant: Any) -> None:
     models = pair(bench, {"w": tensor(3, -1, 0.125, 0)}, {"w": tensor(2, 2, -0.25, 0)}, base=8)
     merged = bench.merged(Ties(density=0.5, scale=2, variant=variant), models)
     assert merged.read("w").tolist() == [8 + 2 * 2.5, 8 + 2 * 2, 8, 8]
