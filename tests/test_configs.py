@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +28,7 @@ from alignmerge.zoo.toy import Toy
 from eval.scorer import Scorer
 
 CONF = ROOT / "conf"
-KINDS: dict[str, tuple[type, ...]] = {"method": (Merger,), "scorer": (Scorer,), "corpus": (Packaged, Toy)}
+KINDS: dict[str, tuple[type, ...]] = {"method": (Merger,), "corpus": (Packaged, Toy), "family": (Family,)}
 DUMMIES = ("family.base=a", "family.anchor=b", "family.experts={math: c, code: d}")
 
 
@@ -35,8 +38,9 @@ def stems(group: str) -> list[str]:
     return found
 
 
+@cache
 def composed(*overrides: str) -> dict[str, Any]:
-    """Compose as ``run.py`` does."""
+    """Compose as ``run.py`` does; the result is shared, so it may not be changed."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
@@ -60,30 +64,39 @@ class Node(NamedTuple):
         return list(caught.value.faults)
 
 
-def node_of(group: str, stem: str) -> Node:
-    if group == "scorer":
-        config = composed(f"scorer=[{stem}]")
-        assert list(config["scorer"]) == [stem]
-        return Node(f"scorer.{stem}", config["scorer"][stem], KINDS[group])
-    dummies = DUMMIES if (group, stem) == ("family", "local") else ()
-    return Node(group, composed(f"{group}={stem}", *dummies)[group], KINDS.get(group, (Family,)))
+GROUPS = ("method", "scorer", "corpus", "family")
 
 
-ALL = [(group, stem) for group in ("method", "scorer", "corpus", "family") for stem in stems(group)]
+def nodes_together(place: int) -> dict[tuple[str, str], Node]:
+    """Compose the file at ``place`` of each group in one config (the shorter groups start again)."""
+    chosen = {group: (names := stems(group))[place % len(names)] for group in GROUPS}
+    overrides = [f"{group}={stem}" for group, stem in chosen.items()]
+    config = composed(*overrides, *(DUMMIES if chosen["family"] == "local" else ()))
+    scorer = chosen["scorer"]
+    assert list(config["scorer"]) == [scorer]
+    nodes = {("scorer", scorer): Node(f"scorer.{scorer}", config["scorer"][scorer], (Scorer,))}
+    return nodes | {(g, chosen[g]): Node(g, config[g], kinds) for g, kinds in KINDS.items()}
+
+
+ALL = [(group, stem) for group in GROUPS for stem in stems(group)]
 PLAIN = [(group, stem) for group, stem in ALL if group != "family"]
 
 
 @pytest.fixture(scope="module")
 def nodes() -> dict[tuple[str, str], Node]:
-    return {(group, stem): node_of(group, stem) for group, stem in ALL}
+    found: dict[tuple[str, str], Node] = {}
+    for place in range(max(len(stems(group)) for group in GROUPS)):
+        found |= nodes_together(place)
+    assert set(found) == set(ALL)
+    return found
 
 
 @pytest.mark.parametrize(("group", "stem"), PLAIN)
 def test_yaml_states_every_field_with_the_default_of_its_class(
     group: str, stem: str, nodes: dict[tuple[str, str], Node]
 ) -> None:
-    made = nodes[group, stem].build()
-    assert isinstance(made, KINDS[group])
+    made: Any = nodes[group, stem].build()
+    assert isinstance(made, KINDS.get(group, (Scorer,)))
     assert made == type(made)()
     assert set(nodes[group, stem].node) == {"_target_", *(field.name for field in fields(made))}
 
@@ -93,7 +106,7 @@ def test_family_yaml_states_every_field(stem: str, nodes: dict[tuple[str, str], 
     family = nodes["family", stem].build()
     assert family.name == stem
     assert set(nodes["family", stem].node) == {"_target_", *(field.name for field in fields(Family))}
-    assert list(family.references())[0] == "base" and len(family.experts) >= 2
+    assert next(iter(family.references())) == "base" and len(family.experts) >= 2
 
 
 def test_local_family_needs_its_three_references_and_else_has_the_defaults(
@@ -126,19 +139,16 @@ def test_unknown_key_is_named_with_the_nearest_known_one(
 def wrong_for(hint: Any) -> list[object]:
     """Return values that a plain reading of the type does not admit."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if typing.get_origin(hint) is typing.Literal:
-        return ["nonsense", 3, None, True, ["a"], {"a": 1}]
-    if str in options:
-        return [3, 1.5, True, ["a"], {"a": 1}]
-    if bool in options:
-        return [3, 0, "true", None, [True], {"a": 1}]
-    if float in options:
-        return ["abc", True, [0.5], {"a": 1}]
-    if int in options:
-        return ["abc", "1", 1.5, 1.0, True, [1], {"a": 1}]
-    if typing.get_origin(hint) is not None and issubclass(typing.get_origin(hint), typing.Mapping):
-        return ["abc", 3, None, [1]]
-    return ["abc", 3, None, {"a": 1}]  # a sequence
+    wrong: dict[Any, list[object]] = {
+        str: [3, 1.5, True, ["a"], {"a": 1}],
+        bool: [3, 0, "true", None, [True], {"a": 1}],
+        float: ["abc", True, [0.5], {"a": 1}],
+        int: ["abc", "1", 1.5, 1.0, True, [1], {"a": 1}],
+        typing.Literal: ["nonsense", 3, None, True, ["a"], {"a": 1}],
+        Mapping: ["abc", 3, None, [1]],
+        Sequence: ["abc", 3, None, {"a": 1}],
+    }
+    return next(wrong[kind] for kind in wrong if kind in options or typing.get_origin(hint) is kind)
 
 
 @pytest.mark.parametrize(("group", "stem"), ALL)
@@ -210,7 +220,7 @@ def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_sett
 def test_rows_with_unequal_numbers_of_settings_are_refused() -> None:
     from eval.experiment import Grid
 
-    node = composed("experiment=smoke")["grid"]
+    node = copy.deepcopy(composed("experiment=smoke")["grid"])
     node["rows"]["ties"]["settings"].append({"density": 0.9})
     with pytest.raises(BadRequest, match=r"grid.rows: \[2, 3\] settings; allowed: the same number"):
         build(node, "grid", Grid)

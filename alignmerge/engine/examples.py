@@ -74,10 +74,10 @@ def tokenise(tokenizer: Any, records: Iterable[Mapping[str, Any]], max_length: i
         if not record.get("open"):
             response = [*response, tokenizer.eos_token_id]
         examples.append(Example(tuple((prompt + response)[:max_length]), len(prompt)))
-    return [example for example in examples if example.start < len(example.ids)]
+    return [example for example in examples if 0 < example.start < len(example.ids)]
 
 
-def batches(examples: Sequence[Example], tokens: int = 2048) -> Iterator[tuple[list[int], Batch]]:
+def batches(examples: Sequence[Example], tokens: int = 1024) -> Iterator[tuple[list[int], Batch]]:
     """Yield (indices, batch) of similar lengths with at most ``tokens`` padded tokens each; deterministic."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
     group: list[int] = []
