@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from alignmerge.engine.examples import Batch, Example, batches
 
 Labels = Literal["data", "sampled"]
+CACHED = 400_000
+"""Numbers of per-example gradients that are formed at once when only their squares are kept (1.6 MB)."""
 
 
 class Visit(NamedTuple):
@@ -38,6 +40,12 @@ class Visit(NamedTuple):
     def per_example(self) -> Tensor:
         """G_i for each example of the batch, (B, d_out, d_in) fp32."""
         return torch.bmm(self.grads.transpose(1, 2), self.inputs)
+
+    def squared_sum(self) -> Tensor:
+        """sum_i G_i^2 elementwise, (d_out, d_in) fp32, a few output rows at a time so that G_i stays in the cache."""
+        rows = max(1, CACHED // (len(self.inputs) * self.inputs.shape[2]))
+        cut = torch.split(self.grads, rows, dim=2)
+        return torch.cat([torch.bmm(part.transpose(1, 2), self.inputs).square_().sum(dim=0) for part in cut])
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -121,7 +129,7 @@ def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str
     total = {name: torch.zeros_like(layer.weight) for name, layer in linear_layers(model).items()}
 
     def add(visit: Visit) -> None:
-        total[visit.name] += visit.per_example().square_().sum(dim=0)
+        total[visit.name] += visit.squared_sum()
 
     visit_gradients(model, examples, add, **options)
     return {name: value / len(examples) for name, value in total.items()}

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, check_choice, check_range
 from alignmerge.fisher import PRECISION, damped, fisher, mean_value
 from alignmerge.gradients import weighted_sum
@@ -44,10 +46,8 @@ class GradientStep(Merger):
         point = ctx.models.base if self.at == "base" else ctx.barycentre()
         diagonal = fisher(ctx, point, "metric")
         mean = mean_value(diagonal, diagonal)
-        examples = ctx.examples("alignment")
-        uniform = torch.full((len(examples),), 1 / len(examples))
-        gradient = weighted_sum(ctx.loaded(point), examples, uniform, precision=PRECISION)
-        step = {name: -g / damped(diagonal.read(name), mean, self.damping) for name, g in gradient.items()}
+        gradient = _mean_gradient(ctx, point)
+        step = {name: -gradient.read(name) / damped(diagonal.read(name), mean, self.damping) for name in gradient}
         norm = math.sqrt(sum(float(s.double().square().sum()) for s in step.values()))
         scale = self.length * _average_length(ctx) / norm
         ctx.record(step_scale=scale)
@@ -59,6 +59,17 @@ class GradientStep(Merger):
             return merged
 
         return rule
+
+
+def _mean_gradient(ctx: MergeContext, point: Checkpoint) -> Checkpoint:
+    """Return mean_i g_i on the alignment examples, an artifact that every length shares."""
+
+    def make(folder: Path) -> None:
+        examples = ctx.examples("alignment")
+        uniform = torch.full((len(examples),), 1 / len(examples))
+        save_tensors(folder, weighted_sum(ctx.loaded(point), examples, uniform, precision=PRECISION))
+
+    return load_tensors(ctx.cached("gradient", {"weights": point.digest, "precision": PRECISION}, make).path)
 
 
 def _average_length(ctx: MergeContext) -> float:

@@ -11,13 +11,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from alignmerge.engine.examples import write_jsonl
+from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.seeding import python_stream
 from alignmerge.zoo.mmlu import mmlu_questions
 from alignmerge.zoo.tasks import Record, arithmetic, formats
@@ -69,6 +70,15 @@ class Packaged:
     tasks_train: int = 6000
     mmlu_per_subject: int = 2
     """Of the five packaged questions for each of 57 subjects; 5 takes all 280 that can be used."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            Fault(f"corpus.{key}", str(count), "a whole number of at least 1")
+            for key, count in asdict(self).items()
+            if key != "seed" and count < 1
+        ]
+        if faults:
+            raise BadRequest(faults)
 
     def build(self, asset: Asset, folder: Path) -> None:
         """Write every set under ``folder``; ``asset`` turns a package reference into a local path."""

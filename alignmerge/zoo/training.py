@@ -22,6 +22,7 @@ FLOOR = 0.05
 """The cosine schedule ends at this share of the learning rate."""
 BUCKETS = 8
 """Batches are drawn by length from pools of this many batches, so that little is spent on padding."""
+LESSONS = ("anchor", "arithmetic", "format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Recipe:
 
     version: ClassVar[int] = 1
     lessons: str
-    """The lesson set: ``anchor``, ``arithmetic`` or ``format`` (alignmerge/zoo/lessons.py)."""
+    """The lesson set, one of ``LESSONS`` (alignmerge/zoo/lessons.py)."""
     steps: int
     batch: int
     lr: float
@@ -45,6 +46,10 @@ class Recipe:
             for key in ("steps", "batch")
             if getattr(self, key) < 1
         ]
+        if self.lessons not in LESSONS:
+            faults.append(Fault("family.recipes: lessons", self.lessons, ", ".join(LESSONS)))
+        if self.warmup < 0:
+            faults.append(Fault("family.recipes: warmup", str(self.warmup), "a whole number of at least 0"))
         if not 0 < self.lr < 1:
             faults.append(Fault("family.recipes: lr", str(self.lr), "a number in (0, 1)"))
         if self.precision not in ("bfloat16", "float32"):

@@ -386,7 +386,7 @@ class Context:
 
     def barycentre(self) -> Checkpoint:
         if not self.folder.exists():
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True)
             merge(lambda block: average(block.pool), self.models, self.folder)
             shutil.copyfile(self.models.base.folder / "config.json", self.folder / "config.json")
         return Checkpoint.open(self.folder, "average")
