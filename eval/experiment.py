@@ -193,6 +193,8 @@ class Experiment:
                 mergers[name] = fixed[name]
                 continue
             mine = points[points["row"] == name]
+            if mine.empty:
+                continue  # every setting of the row failed, which has been said
             best = str(mine["setting"].iloc[int(mine["balanced"].argmax())])
             mergers[name] = _known(by_cell[name, best])
             points.loc[(points["row"] == name) & (points["setting"] == best), "selected"] = True
