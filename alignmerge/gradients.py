@@ -90,6 +90,20 @@ def visit_gradients(
     return losses
 
 
+def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (R, V) fp32, targets (R,) and batch rows (R,) of the R response tokens.
+
+    The output matrix runs on the last ``batch.keep`` positions only: it is a fifth of a small model.
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(
+            input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=batch.keep, use_cache=False
+        ).logits
+    targets = batch.targets[:, -batch.keep :]
+    chosen = targets >= 0
+    return logits[chosen].float(), targets[chosen], chosen.nonzero()[:, 0]
+
+
 def example_losses(
     model: Any,
     batch: Batch,
@@ -99,20 +113,12 @@ def example_losses(
     precision: str = "float32",
 ) -> Tensor:
     """Mean response NLL (nats) of each example of a batch, (B,) fp32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=batch.keep, use_cache=False
-        ).logits
-    targets = batch.targets[:, -batch.keep :]
-    chosen = targets >= 0
-    picked = logits[chosen].float()
-    wanted = targets[chosen]
+    logits, wanted, rows = response_logits(model, batch, precision)
     if labels == "sampled":
-        wanted = torch.multinomial(picked.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    nll = nn.functional.cross_entropy(picked, wanted, reduction="none")
-    rows = chosen.nonzero()[:, 0]
-    sums = torch.zeros(len(targets)).index_add(0, rows, nll)
-    return sums / chosen.sum(dim=1)
+        wanted = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    nll = nn.functional.cross_entropy(logits, wanted, reduction="none")
+    sums = torch.zeros(len(batch.ids)).index_add(0, rows, nll)
+    return sums / rows.bincount(minlength=len(batch.ids))
 
 
 @torch.no_grad()

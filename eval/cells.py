@@ -10,9 +10,9 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignmerge.engine.faults import BadRequest, Fault
-from alignmerge.engine.merger import Merger
+from alignmerge.engine.merger import Merger, Models
 from alignmerge.engine.progress import Board, Reporter
-from alignmerge.engine.store import Artifact, NotMade
+from alignmerge.engine.store import Artifact
 from alignmerge.zoo.build import Zoo
 from alignmerge.zoo.workshop import drop_weights, merged, weights
 from eval.scorer import Scorer
@@ -148,16 +148,14 @@ class Measured(NamedTuple):
     merge: Artifact | None
 
 
-def read(zoo: Zoo, cell: Cell) -> Measured:
-    """Return a finished cell without making or loading anything.
+def read(frozen: Zoo, models: Models, cell: Cell) -> Measured:
+    """Return a finished cell from a frozen zoo and its opened models, without making or loading anything.
 
     Raises:
         NotMade: if a part of it is missing.
     """
     import pandas as pd
 
-    frozen = zoo.frozen()
-    models = frozen.models()
     record = None
     if cell.merger is None:
         assert cell.model is not None
@@ -170,15 +168,6 @@ def read(zoo: Zoo, cell: Cell) -> Measured:
     artifacts = {type(scorer).__name__: score(scorer, subject) for scorer in cell.scorers}
     frames = [read_scores(artifact) for artifact in artifacts.values()]
     return Measured(cell, pd.concat(frames, ignore_index=True), {k: a.key for k, a in artifacts.items()}, record)
-
-
-def finished(zoo: Zoo, cell: Cell) -> bool:
-    """Whether every part of a cell is in the store."""
-    try:
-        read(zoo, cell)
-    except NotMade:
-        return False
-    return True
 
 
 def bad_requests(failures: Iterable[Failure]) -> list[Fault]:

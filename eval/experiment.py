@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignmerge.engine.build import TARGET, build
 from alignmerge.engine.faults import BadRequest, Fault
-from alignmerge.engine.merger import Merger
+from alignmerge.engine.merger import Merger, Models
 from alignmerge.engine.store import NotMade
 from alignmerge.zoo.build import Zoo
-from eval.cells import Cell, Failure, Measured, finished, measure, prepare, read, run_tasks
+from eval.cells import Cell, Failure, Measured, measure, prepare, read, run_tasks
 from eval.gates import Gate, Verdict, verdicts
 from eval.scorer import Scorer
 
@@ -179,7 +180,7 @@ class Experiment:
 
     def make(self, cells: Sequence[Cell]) -> list[Failure]:
         """Measure the cells that are not in the store yet."""
-        tasks = [(cell.label, measure, (self.zoo, cell)) for cell in cells if not finished(self.zoo, cell)]
+        tasks = [(cell.label, measure, (self.zoo, cell)) for cell in cells if not self.read([cell])]
         return run_tasks(tasks, self.workers, self.zoo.family.threads)
 
     def choose(self, measured: Sequence[Measured]) -> Choice:
@@ -210,10 +211,15 @@ class Experiment:
         measured = []
         for cell in cells:
             try:
-                measured.append(read(self.zoo, cell))
+                measured.append(read(*self._opened, cell))
             except NotMade:
                 continue
         return measured
+
+    @cached_property
+    def _opened(self) -> tuple[Zoo, Models]:
+        frozen = self.zoo.frozen()
+        return frozen, frozen.models()
 
     def _made(self, key: str) -> bool:
         frozen = self.zoo.frozen()

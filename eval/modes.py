@@ -39,7 +39,7 @@ WHOLE = {"seed": 0, "workers": 1}
 """Keys with a whole number, and the least that is allowed."""
 PATHS = {"store": False, "results": False, "model": True, "out": True}
 """Keys with a path, and whether it may be null."""
-GROUPS = ("family", "corpus", "method", "scorer")
+GROUPS = ("family", "corpus", "method")
 GIB = 2**30
 OUT = Console(soft_wrap=True)
 
@@ -232,7 +232,7 @@ def zoo_of(config: Config) -> Zoo:
 
 def scorers_of(config: Config) -> list[Scorer]:
     """Build the chosen scorers, sorted by name."""
-    nodes = sorted((config["scorer"] or {}).items())
+    nodes = sorted((config.get("scorer") or {}).items())
     if not nodes:
         raise BadRequest.of("scorer", "none", "one or more files of conf/scorer, e.g. scorer=[aqi,judge]")
     return _all(*[lambda name=name, node=node: build(node, f"scorer.{name}", Scorer) for name, node in nodes])

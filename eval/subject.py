@@ -100,8 +100,12 @@ class StoreSubject:
             self.models = self.zoo.models()
         return self.models
 
-    def setting(self) -> dict[str, Any]:
+    def setting(self) -> Mapping[str, Any]:
         """Return what numbers depend on beside weights and scorer."""
+        return self._setting
+
+    @cached_property
+    def _setting(self) -> Mapping[str, Any]:
         family = self.zoo.family
         keys = ("dtype", "batch_size", "threads", "max_length")
         tokenizer = [file_sha256(p) for n in TOKENIZER_FILES if (p := self.tokenizer_folder / n).is_file()]

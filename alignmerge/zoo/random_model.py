@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.seeding import stream_seed
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+HEADS = 4
+LEAST_TOKENS = 300
+"""256 bytes, the special tokens, and some merges."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -27,6 +31,16 @@ class RandomModel:
     vocabulary: int = 1024
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        units = {"hidden": (2 * HEADS, 2 * HEADS), "layers": (1, 1), "vocabulary": (1, LEAST_TOKENS)}
+        faults = [
+            Fault(f"family.recipes: {key}", str(getattr(self, key)), f"a multiple of {unit}, at least {least}")
+            for key, (unit, least) in units.items()
+            if getattr(self, key) < least or getattr(self, key) % unit
+        ]
+        if faults:
+            raise BadRequest(faults)
+
     def build(self, corpus: Path, folder: Path, seed: int) -> dict[str, Any]:
         """Write the model folder and return its digest."""
         import torch
@@ -35,8 +49,8 @@ class RandomModel:
         tokenizer = _tokenizer(_texts(corpus), self.vocabulary)
         config = LlamaConfig(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-            tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None,
+            num_hidden_layers=self.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
+            max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         with torch.random.fork_rng():

@@ -14,7 +14,7 @@ from alignmerge.engine.examples import Batch, Example, collate
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.language import Progress
 from alignmerge.engine.seeding import python_stream
-from alignmerge.gradients import linear_layers
+from alignmerge.gradients import linear_layers, response_logits
 
 BETAS = (0.9, 0.98)
 CLIP = 1.0
@@ -88,14 +88,9 @@ def train(model: Any, examples: Sequence[Example], recipe: Recipe, progress: Pro
 
 
 def response_loss(model: Any, batch: Batch, precision: str) -> Tensor:
-    """Mean NLL (nats) of the response tokens of a batch; the head runs on the last ``keep`` positions only."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=batch.keep, use_cache=False
-        ).logits
-    targets = batch.targets[:, -batch.keep :]
-    chosen = targets >= 0
-    return nn.functional.cross_entropy(logits[chosen].float(), targets[chosen])
+    """Mean NLL (nats) of the response tokens of a batch."""
+    logits, wanted, _ = response_logits(model, batch, precision)
+    return nn.functional.cross_entropy(logits, wanted)
 
 
 def _schedule(step: int, recipe: Recipe) -> float:

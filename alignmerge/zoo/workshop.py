@@ -131,13 +131,19 @@ def build(
 def model_card(merger: Merger, zoo: Zoo, digest: str) -> str:
     """Return the card of a merged model: what it was made from, how, and what to know about the weights."""
     fields = "\n".join(f"    {key}: {value}" for key, value in asdict(merger).items())
-    inputs = "\n".join(f"- {key}: `{reference}`" for key, reference in zoo.family.references().items())
+    inputs = "\n".join(f"- {key}: `{_public(reference)}`" for key, reference in zoo.family.references().items())
     note = f"\nNote: {zoo.family.note}\n" if zoo.family.note else ""
     return (
         "---\nlibrary_name: transformers\ntags: [merge, alignmerge]\n---\n"
         f"# {zoo.family.name}: {type(merger).__name__}\n\nMade by the AlignMerge harness.\n{note}\n"
         f"Inputs:\n\n{inputs}\n\nMethod `{type(merger).__qualname__}`:\n\n{fields}\n\nWeights sha256: `{digest}`\n"
     )
+
+
+def _public(reference: str) -> str:
+    """Return a reference for others to read: of a local folder only its name, since its path may hold a user's."""
+    known = reference.startswith(("hub:", "pypi:", "zoo:"))
+    return reference if known else f"local:{Path(reference.removeprefix('local:')).name}"
 
 
 def _furnish(models: Models, folder: Path) -> None:

@@ -67,7 +67,7 @@ def write(
     for family, columns in measured.items():
         suffix = "" if len(measured) == 1 else "-" + re.sub(r"[^\w.]+", "-", family)
         of_family = scores[scores["family"] == family]
-        caption = ". ".join([family, *notes[:1]])
+        caption = ". ".join([family, *(note.rstrip(".") for note in notes[:1])])
         tried = selection if selection is None or "family" not in selection else selection.query("family == @family")
         for name, figure in draw(columns, of_family, caption=caption, selection=tried).items():
             _save(figure, folder / f"{name}{suffix}")
