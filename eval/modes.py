@@ -39,7 +39,6 @@ WHOLE = {"seed": 0, "workers": 1}
 """Keys with a whole number, and the least that is allowed."""
 PATHS = {"store": False, "results": False, "model": True, "out": True}
 """Keys with a path, and whether it may be null."""
-GROUPS = ("family", "corpus", "method")
 GIB = 2**30
 OUT = Console(soft_wrap=True)
 
@@ -53,14 +52,21 @@ def dispatch(config: Config) -> int:
     modes: dict[str, Callable[[Config], int]] = {
         "run": run, "plan": plan, "status": status, "report": report, "merge": merge, "score": score,
     }  # fmt: skip
-    _check(config, list(modes))
+    grid = [lambda: build(config["grid"], "grid", Grid)] if config.get("grid") is not None else []
+    _all(
+        lambda: _check(config, list(modes)),
+        lambda: build(config.get("family"), "family", Family),
+        lambda: build(config.get("corpus"), "corpus", Packaged, Toy),
+        lambda: build(config.get("method"), "method", Merger),
+        lambda: _scorers(config),
+        *grid,
+    )
     return modes[config["mode"]](config)
 
 
 def _check(config: Config, modes: list[str]) -> None:
-    """Refuse wrong values of the keys at the top; groups are checked where they are built."""
-    keys = ("mode", "grid", *GROUPS, *WHOLE, *PATHS)
-    faults = [Fault(key, "deleted", "a value") for key in keys if key not in config]
+    """Refuse wrong values of the keys at the top."""
+    faults = [Fault(key, "deleted", "a value") for key in ("mode", "grid", *WHOLE, *PATHS) if key not in config]
     if config.get("mode") not in modes:
         faults.append(Fault("mode", str(config.get("mode")), nearest(str(config.get("mode")), set(modes))))
     for key, least in WHOLE.items():
@@ -232,9 +238,14 @@ def zoo_of(config: Config) -> Zoo:
 
 def scorers_of(config: Config) -> list[Scorer]:
     """Build the chosen scorers, sorted by name."""
-    nodes = sorted((config.get("scorer") or {}).items())
-    if not nodes:
+    scorers = _scorers(config)
+    if not scorers:
         raise BadRequest.of("scorer", "none", "one or more files of conf/scorer, e.g. scorer=[aqi,judge]")
+    return scorers
+
+
+def _scorers(config: Config) -> list[Scorer]:
+    nodes = sorted((config.get("scorer") or {}).items())
     return _all(*[lambda name=name, node=node: build(node, f"scorer.{name}", Scorer) for name, node in nodes])
 
 

@@ -139,6 +139,9 @@ def test_the_packaged_mmlu_questions() -> None:
 
 # The tasks, on a language model that answers from a table.
 
+GSM8K_END = "\nAnswer with the number only."
+"""What the gsm8k task puts behind each question."""
+
 
 class Table(LM):
     """Replies from a table by user text; of the letters it prefers the one in the table."""
@@ -155,7 +158,7 @@ class Table(LM):
         return f"<{turn['content']}>"
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        return [self.replies[request.args[0][1:-1]] for request in requests]
+        return [self.replies[request.args[0][1:-1].removesuffix(GSM8K_END)] for request in requests]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         scored = []
@@ -250,7 +253,7 @@ def test_a_moved_folder_still_finds_its_data(tmp_path: Path) -> None:
 def test_text_reaches_the_model_as_it_is(tmp_path: Path) -> None:
     text = "say {{ this }} {% raw %} “ü” \u2028 end"
     (sample,) = answer(tmp_path, {"gsm8k": asked("gsm8k", (text, {"answer": "1"}))}, {text: "1"})
-    assert sample.prompt == hashlib.sha256(f"<{text}>".encode()).hexdigest()[:16]
+    assert sample.prompt == hashlib.sha256(f"<{text}{GSM8K_END}>".encode()).hexdigest()[:16]
 
 
 # The scorer, on a real lm-eval wrapper of a model that always says 42.
@@ -311,7 +314,7 @@ def always_42() -> tuple[Any, Any]:
 SETS = {
     "format": asked(
         "format",
-        ("what is", {"check": "equals", "args": {"text": " ".join(["42"] * 48)}}),
+        ("what is", {"check": "equals", "args": {"text": " ".join(["42"] * 40)}}),
         ("what is it", {"check": "equals", "args": {"text": "42"}}),
         ("is it", {"check": "lines", "args": {"items": ["42"]}}),
     ),
@@ -344,7 +347,8 @@ class Always42:
         return self.sets[name]
 
     def rendered(self, name: str) -> Sequence[str]:
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in self.sets[name]]
+        end = GSM8K_END if name == "gsm8k" else ""
+        chats = [[{"role": "user", "content": prompt.text + end}] for prompt in self.sets[name]]
         return self.made.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
     def replies(self, name: str) -> Sequence[str]:
@@ -407,9 +411,9 @@ def test_the_batch_size_is_that_of_the_loaded_model(monkeypatch: pytest.MonkeyPa
         utility.language_model(loaded, 512)
 
 
-@pytest.mark.parametrize(("words", "fits"), [(61, True), (62, False)])
+@pytest.mark.parametrize(("words", "fits"), [(104, True), (105, False)])
 def test_a_prompt_that_would_be_cut_is_refused(words: int, fits: bool) -> None:
-    # user + words + <eos> + assistant, and 64 tokens of reply: 128 or 129
+    # user + words + five of the task + <eos> + assistant, and 16 tokens of reply: 128 or 129
     subject = Always42({"gsm8k": asked("gsm8k", ("it " * words, {"answer": "42"}))})
     limit = contextlib.nullcontext() if fits else pytest.raises(BadRequest, match="a prompt of gsm8k")
     with limit:
