@@ -21,7 +21,7 @@ smoke: $(STAMP) ## The whole path on random tiny models, in minutes
 	$(BIN)/python run.py experiment=smoke
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
