@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.merger import Merger, Models
-from alignmerge.engine.progress import Board, Reporter
+from alignmerge.engine.progress import Board, Reporter, end_with_parent
 from alignmerge.engine.store import Artifact
 from alignmerge.zoo.build import Zoo
 from alignmerge.zoo.workshop import drop_weights, merged, weights
@@ -80,11 +80,12 @@ def run_tasks(tasks: Sequence[Task], workers: int, threads: int) -> list[Failure
 
 
 def start_worker(threads: int) -> None:
-    """Prepare a worker process: fixed threads, no hub, no tokenizer threads."""
+    """Prepare a worker process: fixed threads, no hub, no tokenizer threads, no life after its parent's."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
 
     torch.set_num_threads(threads)
+    end_with_parent()
 
 
 def prepare(zoo: Zoo, key: str, reporter: Reporter) -> None:

@@ -55,9 +55,9 @@ def dispatch(config: Config) -> int:
     grid = [lambda: build(config["grid"], "grid", Grid)] if config.get("grid") is not None else []
     _all(
         lambda: _check(config, list(modes)),
-        lambda: build(config.get("family"), "family", Family),
-        lambda: build(config.get("corpus"), "corpus", Packaged, Toy),
-        lambda: build(config.get("method"), "method", Merger),
+        lambda: build(config.get("family", {}), "family", Family),
+        lambda: build(config.get("corpus", {}), "corpus", Packaged, Toy),
+        lambda: build(config.get("method", {}), "method", Merger),
         lambda: _scorers(config),
         *grid,
     )

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -81,14 +82,24 @@ def call(*overrides: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def launch(*overrides: str, folder: Path) -> Result:
-    """Run the command line in a process of its own, as a user does, from another folder."""
-    environment = {**os.environ, "ALIGNMERGE_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+def start(*overrides: str, folder: Path) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own, as a user does, from another folder."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *overrides], cwd=folder, start_new_session=True, text=True,
+        env={**os.environ, "ALIGNMERGE_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def launch(*overrides: str, folder: Path, seconds: float = 600) -> Result:
+    """Run the command line to its end."""
+    process = start(*overrides, folder=folder)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Result(process.returncode, out, err)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -183,7 +194,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["store=null", "results=3"], ["store: None; allowed: a path", "results: 3; allowed: a path"]),
     (["mode=plan", "store=${nope}"], ["store: Interpolation key 'nope' not found…"]),
     (["~method", "~workers", PLAN],
-     ["workers: deleted; allowed: a value", "method: None (NoneType); allowed: a mapping with the key _target_"]),
+     ["workers: deleted; allowed: a value", f"method._target_: None; allowed: {TARGETS}"]),
     (["method"], ["method: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()"]),
     (["scorer=[aqi,judge", "foo=1"],
      ["scorer=[aqi,judge: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()",

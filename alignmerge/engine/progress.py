@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import threading
 import time
+from multiprocessing.managers import SyncManager
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +37,8 @@ class Board:
     """Shows what is under way; a context manager of the main process."""
 
     def __init__(self) -> None:
-        self._manager = multiprocessing.get_context("spawn").Manager()
+        self._manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        self._manager.start(end_with_parent)
         self._queue: Any = self._manager.Queue()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -92,6 +95,18 @@ class Board:
             if done >= total:
                 started.pop(label, None)
                 shown.pop(label, None)
+
+
+def end_with_parent() -> None:
+    """Make this process end when the one that started it is killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def silent(done: int, total: int) -> None:

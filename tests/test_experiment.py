@@ -1,0 +1,401 @@
+"""A whole experiment: results, resumption, failures, kills. Reads packages from PyPI (about 100 MB, once)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+import yaml
+from test_cli import Result, call, launch
+
+from alignmerge.engine.assets import Assets
+from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.progress import Reporter
+from alignmerge.engine.store import Store
+from alignmerge.zoo.build import Zoo
+from eval.cells import Cell, measure
+from eval.scorers.judge import ENCODER, HUMAN
+from eval.scorers.toxicity import BILSTM, LINEAR
+
+UNMERGED = ["base", "anchor", "expert:arithmetic", "expert:format"]
+COLUMNS = {
+    "refusal_rate", "over_refusal_rate", "helpfulness", "gibberish_rate", "judge_score", "toxicity_mean", "toxicity_rate",
+    "toxicity_check", "aqi", "aqi_raw", "instruction_following", "reasoning", "gsm8k", "mmlu", "drift_anchor", "drift_base",
+    "fisher_length", "l_geo", "l_geo_excess",
+}  # fmt: skip
+FIGURES = {"aqi_by_layer", "dev_front", "drift_by_layer", "front", "heatmap"}
+
+
+class Smoke(NamedTuple):
+    """What one run of ``experiment=smoke`` left."""
+
+    store: Path
+    results: Path
+    grid: dict[str, Any]
+    said: Result
+
+    @property
+    def folder(self) -> Path:
+        return self.results / "smoke"
+
+    def rows(self) -> list[str]:
+        """Every row of the tables, in order of the grid."""
+        matched = [f"{name}/matched" for name, row in self.grid["rows"].items() if row.get("matched")]
+        return [*UNMERGED, *self.grid["rows"], *matched]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a store that holds the packages that the scorers read, or skip where they are not to be had."""
+    root = tmp_path_factory.mktemp("packages") / "store"
+    (root / "assets").mkdir(parents=True)
+    for have in Path(os.environ.get("ALIGNMERGE_STORE", ROOT / "store"), "assets").glob("*/manifest.json"):
+        (root / "assets" / have.parent.name).symlink_to(have.parent.resolve())
+    assets = Assets(Store(root), yaml.safe_load((ROOT / "conf" / "assets.yaml").read_text()))
+    try:
+        for reference in (ENCODER, HUMAN, BILSTM, LINEAR):
+            assets.path(reference, "package")
+    except BadRequest as error:
+        pytest.skip(f"the smoke experiment needs packages from PyPI: {error}")
+    return root
+
+
+def linked(source: Path, target: Path, stages: Iterable[str]) -> Path:
+    """Give another store the finished artifacts of some stages, without copying bytes."""
+    for stage in stages:
+        for have in (source / stage).glob("*/manifest.json"):
+            (target / stage).mkdir(parents=True, exist_ok=True)
+            (target / stage / have.parent.name).symlink_to(have.parent.resolve())
+    return target
+
+
+@pytest.fixture(scope="module")
+def smoke(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    """Run the smoke experiment once, as a user does."""
+    folder = tmp_path_factory.mktemp("smoke")
+    linked(packages, folder / "store", ["assets"])
+    said = launch("experiment=smoke", folder=folder)
+    grid = yaml.safe_load((ROOT / "conf" / "experiment" / "smoke.yaml").read_text())["grid"]
+    return Smoke(folder / "store", folder / "results", grid, said)
+
+
+@pytest.fixture
+def at(smoke: Smoke, monkeypatch: pytest.MonkeyPatch) -> Smoke:
+    """Work in the folder of the smoke run."""
+    monkeypatch.chdir(smoke.results.parent)
+    monkeypatch.setenv("ALIGNMERGE_STORE", str(smoke.store))
+    return smoke
+
+
+def whole(store: Path) -> list[str]:
+    """Return the artifacts under their final names, each of which must have a manifest that can be read."""
+    found = []
+    for stage in store.iterdir():
+        if stage.is_dir() and not stage.name.startswith(".") and stage.name not in ("failed", "assets"):
+            for artifact in stage.iterdir():
+                manifest = json.loads((artifact / "manifest.json").read_text())
+                assert manifest["key"] == artifact.name and manifest["stage"] == stage.name
+                if list(artifact.glob("*.safetensors")) and stage.name in ("models", "weights"):
+                    assert Checkpoint.open(artifact, "model").digest == manifest["facts"]["digest"]
+                found.append(f"{stage.name}/{artifact.name}")
+    return found
+
+
+# --- the whole of it -----------------------------------------------------------------------------------------------
+
+
+def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
+    assert smoke.said.code == 0, smoke.said.err
+    assert "results in results/smoke: " in smoke.said.out
+    assert "Traceback" not in smoke.said.err and "failed" not in smoke.said.err
+    progress = [line for line in smoke.said.err.splitlines() if re.search(r"\(\d+ s, about \d+ s left\)$", line)]
+    assert any(line.startswith("all tasks: ") for line in progress)
+    assert any(line.startswith("dev: ties [density=") for line in progress)
+
+
+def test_smoke_leaves_every_file(smoke: Smoke) -> None:
+    files = {"summary.csv", "comparisons.csv", "selection.csv", "table.md", "table.tex", "manifest.json", "figures"}
+    assert {path.name for path in smoke.folder.iterdir()} == files
+    for name in FIGURES:
+        png, svg = (smoke.folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
+        assert png.read_bytes().startswith(b"\x89PNG\r\n") and png.stat().st_size > 5000
+        assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert [path.name for path in smoke.results.iterdir()] == ["smoke"]
+    assert sorted(path.name for path in smoke.results.parent.iterdir()) == ["results", "store"]
+
+
+def test_every_row_has_every_column(smoke: Smoke) -> None:
+    have: dict[str, set[str]] = {}
+    for line in table(smoke.folder / "summary.csv"):
+        assert line["family"] == "smoke" and int(line["n"]) >= 1 and int(line["seeds"]) == 1
+        assert line["column"] not in have.setdefault(line["row"], set())
+        have[line["row"]].add(line["column"])
+    assert list(have) == smoke.rows() and len(have) == 20
+    assert set.intersection(*have.values()) >= COLUMNS
+    for text in ((smoke.folder / "table.md").read_text(), (smoke.folder / "table.tex").read_text()):
+        assert all(row.split("/")[0].split("_")[0] in text for row in have)
+
+
+def test_every_mean_is_that_of_the_samples_that_the_manifest_points_to(smoke: Smoke) -> None:
+    manifest = json.loads((smoke.folder / "manifest.json").read_text())
+    assert set(manifest["rows"]) == {f"{row}, seed 0" for row in smoke.rows()}
+    means = {(line["row"], line["column"]): float(line["mean"]) for line in table(smoke.folder / "summary.csv")}
+    seen = 0
+    for name, row in manifest["rows"].items():
+        for key in row["scores"].values():
+            samples = pd.read_parquet(smoke.store / "scores" / key / "samples.parquet")
+            once = samples[~samples["id"].str.startswith("boot:") & ~samples["column"].str.endswith("_by_layer")]
+            for column, values in once.groupby("column")["value"]:
+                plain = sum(values) / len(values)
+                assert means[name.removesuffix(", seed 0"), str(column)] == pytest.approx(plain, rel=1e-4, nan_ok=True)
+                seen += 1
+    assert seen == len(means)
+
+
+def test_manifest_names_models_merges_and_versions_and_nobody(smoke: Smoke) -> None:
+    text = (smoke.folder / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert manifest["experiment"] == manifest["family"] == "smoke" and manifest["versions"]["torch"]
+    assert set(manifest["models"]) == {"base", "anchor", "arithmetic", "format"}
+    assert len(set(manifest["models"].values())) == 4
+    for name, row in manifest["rows"].items():
+        if name.removesuffix(", seed 0") in UNMERGED:
+            assert "merge" not in row
+            continue
+        record = json.loads((smoke.store / "merges" / row["merge"] / "manifest.json").read_text())
+        assert record["facts"]["digest"] == row["facts"]["digest"]
+        assert row["method"]["_target_"].split(".")[0] in ("alignmerge", "baselines")
+    assert not [path for path in (str(Path.home()), str(ROOT), str(smoke.store)) if path in text]
+
+
+def test_one_setting_of_each_tuned_row_is_selected_by_the_one_rule(smoke: Smoke) -> None:
+    lines = table(smoke.folder / "selection.csv")
+    tuned = {name: row["settings"] for name, row in smoke.grid["rows"].items() if row.get("settings")}
+    assert sorted({line["row"] for line in lines}) == sorted(tuned)
+    for name, settings in tuned.items():
+        mine = [line for line in lines if line["row"] == name]
+        spelt = {", ".join(f"{key}={value}" for key, value in setting.items()) for setting in settings}
+        assert {line["setting"] for line in mine} == spelt and len(mine) == len(spelt)
+        for line in mine:
+            refusal, over, follows, reasons = (
+                float(line[c]) for c in ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
+            )
+            assert float(line["balanced"]) == pytest.approx(refusal - over + (follows + reasons) / 2, abs=1e-5)
+        (chosen,) = (line for line in mine if line["selected"] == "True")
+        assert float(chosen["balanced"]) == max(float(line["balanced"]) for line in mine)
+        near = [line for line in mine if line["matched"] == "True"]
+        assert len(near) == bool(smoke.grid["rows"][name].get("matched"))
+        for line in near:
+            away = [abs(float(other["refusal_rate"]) - 0.6) for other in mine]
+            assert abs(float(line["refusal_rate"]) - 0.6) == pytest.approx(min(away))
+    manifest = json.loads((smoke.folder / "manifest.json").read_text())
+    field, value = next(x["setting"] for x in lines if (x["row"], x["selected"]) == ("ties", "True")).split("=")
+    assert manifest["rows"]["ties, seed 0"]["method"][field] == float(value)
+
+
+def test_every_row_is_compared_with_the_average(smoke: Smoke) -> None:
+    lines = table(smoke.folder / "comparisons.csv")
+    assert {line["against"] for line in lines} == {"average"}
+    assert {line["row"] for line in lines} == set(smoke.rows()) - {"average"}
+    means = {(line["row"], line["column"]): float(line["mean"]) for line in table(smoke.folder / "summary.csv")}
+    for line in lines:
+        difference = means[line["row"], line["column"]] - means["average", line["column"]]
+        assert float(line["difference"]) == pytest.approx(difference, abs=2e-5)
+        assert 0 <= float(line["p"]) <= float(line["p_holm"]) <= 1
+
+
+def test_store_is_left_in_order(smoke: Smoke) -> None:
+    assert len(whole(smoke.store)) > 100
+    assert not list((smoke.store / "weights").iterdir())  # dropped: they can be built again
+    assert not list((smoke.store / ".staging").iterdir())
+    assert not (smoke.store / "failed").exists()
+
+
+# --- again ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at the first model that is loaded, and at the first task that is given to a worker."""
+
+    def nothing(tasks: list[Any], *_: object) -> list[Any]:
+        assert tasks == [], [task[0] for task in tasks]
+        return []
+
+    for place in ("alignmerge.engine.language", "alignmerge.zoo.build", "alignmerge.zoo.workshop"):
+        monkeypatch.setattr(f"{place}.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("eval.experiment.run_tasks", nothing)
+
+
+@pytest.mark.parametrize("mode", ["run", "report"])
+def test_again_loads_no_model_and_gives_the_same_bytes(mode: str, at: Smoke, idle: None) -> None:
+    before = contents(at.folder)
+    shutil.rmtree(at.folder)
+    result = call("experiment=smoke", f"mode={mode}")
+    assert result.code == 0, result.err
+    assert contents(at.folder) == before
+
+
+def test_status_says_that_all_is_done(at: Smoke, idle: None) -> None:
+    result = call("experiment=smoke", "mode=status")
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == "28 done, 0 failed, 0 missing"
+
+
+def test_plan_of_models_that_are_made(at: Smoke, idle: None) -> None:
+    result = call("experiment=smoke", "mode=plan")
+    assert result.code == 0
+    assert "models agree: base, anchor, arithmetic, format; " in result.out
+
+
+def test_score_gives_the_numbers_of_the_experiment(
+    at: Smoke, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measure the base again, from a folder and in a store that has seen no score."""
+    manifest = json.loads((at.folder / "manifest.json").read_text())
+    models = {
+        json.loads(p.read_text())["facts"]["digest"]: p.parent for p in (at.store / "models").glob("*/manifest.json")
+    }
+    linked(at.store, tmp_path / "store", ["models", "lessons", "corpus"])
+    monkeypatch.setenv("ALIGNMERGE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    request = ["mode=score", f"model={models[manifest['models']['anchor']]}", "family=smoke", "corpus=toy"]
+    result = call(*request, "scorer=[aqi,geometry,utility]", "out=scores.json")
+    assert result.code == 0, result.err
+    assert (tmp_path / "scores.tasks").is_dir() and "wrote scores.json" in result.out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["weights"] == manifest["models"]["anchor"]
+    lines = {x["column"]: x for x in table(at.folder / "summary.csv") if x["row"] == "anchor"}
+    assert {"aqi", "drift_anchor", "reasoning", "mmlu"} <= set(scores["columns"]) <= set(lines)
+    for column, value in scores["columns"].items():
+        mean = float(lines[column]["mean"] or "nan")
+        assert float("nan") if value["mean"] is None else value["mean"] == pytest.approx(mean, rel=1e-5, abs=1e-9), (
+            column
+        )
+    assert scores["columns"]["drift_anchor"]["mean"] == 0.0
+
+
+# --- failures and kills --------------------------------------------------------------------------------------------
+
+
+def own_experiment(folder: Path, **rows: dict[str, Any]) -> list[str]:
+    """Write a small experiment into a config folder of one's own, and return the words that choose it."""
+    row = {"_target_": "eval.experiment.Row", "fixed": {}}
+    dev = {
+        "judge": {"_target_": "eval.scorers.judge.Judge"},
+        "utility": {"_target_": "eval.scorers.utility.Utility", "tasks": ["format", "arithmetic"]},
+    }
+    grid = {"_target_": "eval.experiment.Grid", "name": "small", "title": "Small", "against": ["average"]}
+    config = {
+        "defaults": [{"override /family": "smoke"}, {"override /corpus": "toy"}, {"override /scorer": ["judge"]}],
+        "grid": {**grid, "dev_scorers": dev, "rows": {name: {**row, **more} for name, more in rows.items()}},
+    }
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "small.yaml").write_text("# @package _global_\n" + yaml.safe_dump(config))
+    return [f"--config-dir={folder}", "experiment=small"]
+
+
+def fragile(zoo: Zoo, cell: Cell, reporter: Reporter) -> None:
+    """Measure a cell in a worker where one method is broken."""
+    from baselines.interpolate import Interpolate
+
+    def broken(self: Interpolate, ctx: object) -> None:
+        raise ZeroDivisionError("broken for the test")
+
+    Interpolate.fit = broken  # type: ignore[method-assign, assignment]
+    measure(zoo, cell, reporter)
+
+
+def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
+    at: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = own_experiment(
+        tmp_path / "conf",
+        average={"method": "average"},
+        walk={"method": "interpolate", "fixed": {"t": 0.123}},
+        tuned={"method": "interpolate", "settings": [{"t": 0.21}, {"t": 0.22}]},
+        scaled={"method": "task_arithmetic", "fixed": {"scale": 0.123}},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.experiment.measure", fragile)
+        result = call(*chosen)
+    assert result.code == 1
+    labels = {"test: walk": 0, "dev: tuned [t=0.21]": 0, "dev: tuned [t=0.22]": 0}
+    said = [line for line in result.err.splitlines() if line.startswith("failed: ")]
+    assert sorted(said) == sorted(f"failed: {x}: {x}: ZeroDivisionError: broken for the test" for x in labels)
+    rows = {line["row"] for line in table(at.results / "small" / "summary.csv")}
+    assert rows == {*UNMERGED, "average", "scaled"}
+    records = [json.loads(path.read_text()) for path in (at.store / "failed").glob("cells-*.json")]
+    assert {record["recipe"]["cell"] for record in records} == set(labels)
+    for record in records:
+        assert "ZeroDivisionError: broken for the test" in record["traceback"] and "in broken" in record["traceback"]
+    status = call(*chosen, "mode=status")
+    assert status.out.splitlines()[-1] == "6 done, 3 failed, 0 missing" or "failed" in status.out
+    mended = call(*chosen)
+    assert mended.code == 0, mended.err
+    assert {line["row"] for line in table(at.results / "small" / "summary.csv")} == {*rows, "walk", "tuned"}
+    assert not list((at.store / "failed").iterdir())
+    assert call(*chosen, "mode=status").out.splitlines()[-1] == "10 done, 0 failed, 0 missing"
+
+
+def killed(folder: Path, words: list[str], when: Callable[[Path], bool]) -> None:
+    """Start a run, and kill it and its workers at once when the store looks so."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words], cwd=folder, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "ALIGNMERGE_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while not when(folder / "store"):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_run_that_is_killed_twice_is_finished_by_the_third(smoke: Smoke, packages: Path, tmp_path: Path) -> None:
+    words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
+    store = linked(packages, tmp_path / "store", ["assets"])
+    killed(tmp_path, words, lambda at: any((at / ".staging").glob("models-*/*")))
+    assert list((store / ".staging").glob("models-*"))  # it was in the middle of it
+    whole(store)
+    killed(tmp_path, words, lambda at: len(list((at / "replies").glob("*"))) >= 3)
+    kept = whole(store)
+    assert not (tmp_path / "results").exists()
+    result = launch(*words, folder=tmp_path)
+    assert result.code == 0, result.err
+    assert set(kept) <= {*whole(store), *(name for name in kept if name.startswith("weights/"))}
+    assert not list((store / ".staging").iterdir())
+    wanted = {(x["row"], x["column"]): x for x in table(smoke.folder / "summary.csv")}
+    lines = table(tmp_path / "results" / "small" / "summary.csv")
+    assert {line["row"] for line in lines} == {*UNMERGED, "average", "ties"}
+    for line in lines:
+        if line["row"] != "ties":  # the smoke run reports another density
+            assert line == wanted[line["row"], line["column"]]
