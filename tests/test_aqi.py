@@ -335,7 +335,7 @@ def test_a_last_token_that_saw_nothing_is_degenerate(load: Callable[..., LoadedM
     with torch.no_grad():  # without attention every prompt ends in the same template token alone
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
-    samples = list(AQI(replicates=3).score(Probed(loaded)))
+    samples = list(AQI(layers=[0.33, 0.67], replicates=3).score(Probed(loaded)))
     assert all(math.isnan(sample.value) for sample in samples)
     (whole,) = (sample for sample in samples if sample.id == "all" and sample.column == "aqi")
     assert whole.detail["degenerate"] == 2
