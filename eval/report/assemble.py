@@ -32,6 +32,9 @@ def write_report(results: Path, experiment: Experiment, choice: Choice, measured
     staging.mkdir(parents=True)
     against = [name for name in experiment.grid.against if name in {one.cell.row for one in measured}]
     notes = _notes(experiment)
+    missing = [row for row in choice.mergers if row not in {one.cell.row for one in measured}]
+    if missing:
+        notes.append(f"Not measured yet: {', '.join(missing)}.")
     write(
         staging, _scores(experiment, measured), title=experiment.grid.title, notes=notes, against=against,
         selection=choice.points,
