@@ -70,7 +70,10 @@ def composition_faults(first: Exception) -> list[Fault]:
     while error is not None and not arguments.multirun:
         places = range(len(overrides))
         others = (str(_composed([*overrides[:i], *overrides[i + 1 :]])[1]) for i in places)
-        guilty = next((overrides[i] for i, other in zip(places, others, strict=False) if other != str(error)), None)
+        named = NOT_THERE.search(str(error))
+        guilty = next((one for one in overrides if named and one.lstrip("+~").partition("=")[0] == named["key"]), None)
+        if guilty is None:
+            guilty = next((overrides[i] for i, other in zip(places, others, strict=False) if other != str(error)), None)
         if guilty is None:
             break
         found.append((error, guilty))

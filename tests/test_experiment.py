@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import yaml
-from test_cli import Result, call, launch
+from test_cli import Result, call, launch, start
 
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
@@ -34,10 +34,12 @@ from eval.scorers.toxicity import BILSTM, LINEAR
 
 UNMERGED = ["base", "anchor", "expert:arithmetic", "expert:format"]
 COLUMNS = {
-    "refusal_rate", "over_refusal_rate", "helpfulness", "gibberish_rate", "judge_score", "toxicity_mean", "toxicity_rate",
-    "toxicity_check", "aqi", "aqi_raw", "instruction_following", "reasoning", "gsm8k", "mmlu", "drift_anchor", "drift_base",
-    "fisher_length", "l_geo", "l_geo_excess",
+    "refusal_rate", "over_refusal_rate", "helpfulness", "gibberish_rate", "judge_score", "toxicity_mean",
+    "toxicity_rate", "toxicity_check", "aqi", "aqi_raw", "instruction_following", "reasoning", "gsm8k", "mmlu",
+    "drift_anchor", "drift_base", "fisher_length", "l_geo", "l_geo_excess",
 }  # fmt: skip
+SECONDS = 1800
+"""For a run: far more than it needs on an idle machine."""
 FIGURES = {"aqi_by_layer", "dev_front", "drift_by_layer", "front", "heatmap"}
 
 
@@ -94,7 +96,7 @@ def smoke(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     """Run the smoke experiment once, as a user does."""
     folder = tmp_path_factory.mktemp("smoke")
     linked(packages, folder / "store", ["assets"])
-    said = launch("experiment=smoke", folder=folder)
+    said = launch("experiment=smoke", folder=folder, seconds=SECONDS)
     grid = yaml.safe_load((ROOT / "conf" / "experiment" / "smoke.yaml").read_text())["grid"]
     return Smoke(folder / "store", folder / "results", grid, said)
 
@@ -277,9 +279,8 @@ def test_score_gives_the_numbers_of_the_experiment(
 ) -> None:
     """Measure the base again, from a folder and in a store that has seen no score."""
     manifest = json.loads((at.folder / "manifest.json").read_text())
-    models = {
-        json.loads(p.read_text())["facts"]["digest"]: p.parent for p in (at.store / "models").glob("*/manifest.json")
-    }
+    made = [(p.parent, json.loads(p.read_text())) for p in (at.store / "models").glob("*/manifest.json")]
+    models = {one["facts"]["digest"]: folder for folder, one in made}
     linked(at.store, tmp_path / "store", ["models", "lessons", "corpus"])
     monkeypatch.setenv("ALIGNMERGE_STORE", str(tmp_path / "store"))
     monkeypatch.chdir(tmp_path)
@@ -292,10 +293,8 @@ def test_score_gives_the_numbers_of_the_experiment(
     lines = {x["column"]: x for x in table(at.folder / "summary.csv") if x["row"] == "anchor"}
     assert {"aqi", "drift_anchor", "reasoning", "mmlu"} <= set(scores["columns"]) <= set(lines)
     for column, value in scores["columns"].items():
-        mean = float(lines[column]["mean"] or "nan")
-        assert float("nan") if value["mean"] is None else value["mean"] == pytest.approx(mean, rel=1e-5, abs=1e-9), (
-            column
-        )
+        mean, given = float(lines[column]["mean"] or "nan"), value["mean"]
+        assert math.isnan(mean) if given is None else given == pytest.approx(mean, rel=1e-5, abs=1e-9), column
     assert scores["columns"]["drift_anchor"]["mean"] == 0.0
 
 
@@ -354,7 +353,7 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     for record in records:
         assert "ZeroDivisionError: broken for the test" in record["traceback"] and "in broken" in record["traceback"]
     status = call(*chosen, "mode=status")
-    assert status.out.splitlines()[-1] == "6 done, 3 failed, 0 missing" or "failed" in status.out
+    assert status.out.splitlines()[-1] == "4 done, 2 failed, 0 missing"  # what is reported is not chosen yet
     mended = call(*chosen)
     assert mended.code == 0, mended.err
     assert {line["row"] for line in table(at.results / "small" / "summary.csv")} == {*rows, "walk", "tuned"}
@@ -362,34 +361,52 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     assert call(*chosen, "mode=status").out.splitlines()[-1] == "10 done, 0 failed, 0 missing"
 
 
+def alive(group: int) -> list[str]:
+    """Return the processes of a group that still run (what nobody has reaped does not)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, of, *_ = stat.read_text().rpartition(") ")[2].split()
+            if of == str(group) and state != "Z":
+                found.append(stat.parent.name)
+    return found
+
+
 def killed(folder: Path, words: list[str], when: Callable[[Path], bool]) -> None:
-    """Start a run, and kill it and its workers at once when the store looks so."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words], cwd=folder, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "ALIGNMERGE_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Start a run, kill its first process when the store looks so, and wait until its workers are gone too."""
+    process = start(*words, folder=folder)
+    deadline = time.monotonic() + SECONDS
     try:
-        deadline = time.monotonic() + 240
         while not when(folder / "store"):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        assert len(alive(process.pid)) > 1
+        process.kill()
+        process.communicate()
+        while alive(process.pid):
+            assert time.monotonic() < deadline, "workers outlive the run"
+            time.sleep(0.1)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def in_training(store: Path) -> bool:
+    """Whether the base is made and another model is under way."""
+    return any((store / "models").glob("*/manifest.json")) and any((store / ".staging").glob("models-*"))
 
 
 def test_run_that_is_killed_twice_is_finished_by_the_third(smoke: Smoke, packages: Path, tmp_path: Path) -> None:
     words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
     store = linked(packages, tmp_path / "store", ["assets"])
-    killed(tmp_path, words, lambda at: any((at / ".staging").glob("models-*/*")))
+    killed(tmp_path, words, in_training)
     assert list((store / ".staging").glob("models-*"))  # it was in the middle of it
     whole(store)
     killed(tmp_path, words, lambda at: len(list((at / "replies").glob("*"))) >= 3)
     kept = whole(store)
     assert not (tmp_path / "results").exists()
-    result = launch(*words, folder=tmp_path)
+    result = launch(*words, folder=tmp_path, seconds=SECONDS)
     assert result.code == 0, result.err
     assert set(kept) <= {*whole(store), *(name for name in kept if name.startswith("weights/"))}
     assert not list((store / ".staging").iterdir())
