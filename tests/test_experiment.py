@@ -158,6 +158,31 @@ def test_every_row_has_every_column(smoke: Smoke) -> None:
         assert all(row.split("/")[0].split("_")[0] in text for row in have)
 
 
+def number(text: str) -> float:
+    return float(text or "nan")
+
+
+def test_every_mean_is_that_of_the_scored_samples_that_the_manifest_points_to(smoke: Smoke) -> None:
+    manifest = json.loads((smoke.folder / "manifest.json").read_text())
+    assert set(manifest["rows"]) == {f"{row}, seed 0" for row in smoke.rows()}
+    lines = {(line["row"], line["column"]): line for line in table(smoke.folder / "summary.csv")}
+    seen = set()
+    for name, row in manifest["rows"].items():
+        for key in row["scores"].values():
+            samples = pd.read_parquet(smoke.store / "scores" / key / "samples.parquet")
+            once = samples[~samples["id"].str.startswith("boot:") & ~samples["column"].str.endswith("_by_layer")]
+            for column in set(once["column"]):
+                values = [float(value) for value in once.loc[once["column"] == column, "value"]]
+                scored = [value for value in values if not math.isnan(value)]
+                place = (name.removesuffix(", seed 0"), column)
+                assert int(lines[place]["unscored"]) == len(values) - len(scored)
+                plain = sum(scored) / len(scored) if scored else math.nan
+                assert number(lines[place]["mean"]) == pytest.approx(plain, rel=1e-4, abs=1e-9, nan_ok=True), place
+                seen.add(place)
+    derived = {(row, "budget_violations") for row in smoke.rows()}  # counted over the replicates of AQI
+    assert seen == set(lines) - derived
+
+
 def test_manifest_names_models_merges_and_versions_and_nobody(smoke: Smoke) -> None:
     text = (smoke.folder / "manifest.json").read_text()
     manifest = json.loads(text)
@@ -197,6 +222,23 @@ def test_one_setting_of_each_tuned_row_is_selected_by_the_one_rule(smoke: Smoke)
     manifest = json.loads((smoke.folder / "manifest.json").read_text())
     field, value = next(x["setting"] for x in lines if (x["row"], x["selected"]) == ("ties", "True")).split("=")
     assert manifest["rows"]["ties, seed 0"]["method"][field] == float(value)
+
+
+def test_every_row_is_compared_with_the_average(smoke: Smoke) -> None:
+    lines = table(smoke.folder / "comparisons.csv")
+    assert {line["against"] for line in lines} == {"average"}
+    assert {line["row"] for line in lines} == set(smoke.rows()) - {"average"}
+    summary = {(line["row"], line["column"]): line for line in table(smoke.folder / "summary.csv")}
+    compared = 0
+    for line in lines:
+        row, average = (summary[name, line["column"]] for name in (line["row"], "average"))
+        if line["p"] == "":
+            continue  # a column without a test, such as a diagnostic
+        compared += 1
+        assert 0 <= number(line["p"]) <= number(line["p_holm"]) <= 1
+        if row["unscored"] == average["unscored"] == "0":  # else the difference is that of the prompts both answered
+            assert number(line["difference"]) == pytest.approx(number(row["mean"]) - number(average["mean"]), abs=2e-5)
+    assert compared > 100
 
 
 def test_store_is_left_in_order(smoke: Smoke) -> None:
@@ -305,7 +347,6 @@ def fragile(zoo: Zoo, cell: Cell, reporter: Reporter) -> None:
     measure(zoo, cell, reporter)
 
 
-@pytest.mark.skipif("ALIGNMERGE_LONG_TESTS" not in os.environ, reason="minutes long: set ALIGNMERGE_LONG_TESTS=1")
 def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     at: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +415,6 @@ def in_training(store: Path) -> bool:
     return any((store / "models").glob("*/manifest.json")) and any((store / ".staging").glob("models-*"))
 
 
-@pytest.mark.skipif("ALIGNMERGE_LONG_TESTS" not in os.environ, reason="minutes long: set ALIGNMERGE_LONG_TESTS=1")
 def test_run_that_is_killed_twice_is_finished_by_the_third(smoke: Smoke, packages: Path, tmp_path: Path) -> None:
     words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
     store = linked(packages, tmp_path / "store", ["assets"])
