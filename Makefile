@@ -4,17 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help run smoke test lint bench clean
+.PHONY: help run smollm2 smoke test lint bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	bash .ci/install $(BIN)
 	touch $@
 
-run: $(STAMP) ## Reproduce the smollm2 tables and figures (about 40 minutes cold on two cores)
+run: $(STAMP) ## Five families trained here, every method, three seeds (about 15 minutes cold on two cores)
+	$(BIN)/python run.py experiment=tiny
+
+smollm2: $(STAMP) ## The real thing in small: SmolLM2-135M (about 40 minutes cold on two cores)
 	$(BIN)/python run.py experiment=smollm2
 
 smoke: $(STAMP) ## The whole path on random tiny models, in minutes
@@ -26,8 +29,8 @@ test: $(STAMP) ## Run the tests
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(STAMP) ## Print each benchmark's ratio to its floor
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -p no:xdist -o addopts=
+bench: $(STAMP) ## Print each benchmark's ratio to its floor (with SLOW=1 the long ones, an hour)
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -p no:xdist -o addopts= $(if $(SLOW),,-m "not slow")
 
 clean: ## Remove the environment; the store and the results stay
 	rm -rf $(VENV)

@@ -9,7 +9,6 @@ The paper prints only the first term; what is ours is listed in docs/method.md.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,6 @@ from alignmerge.engine.merger import (
     block_of,
     check_choice,
     check_range,
-    merge,
 )
 from alignmerge.engine.seeding import torch_stream
 from alignmerge.engine.store import Artifact
@@ -525,17 +523,7 @@ def _point(method: AlignMerge, ctx: MergeContext, weights: Sequence[float] | Non
         return ctx.models.base
     if method.at == "barycentre":
         return ctx.barycentre(weights)
-    first = replace(method, at="base", lambda_bud=0.0, certificate=False)
-
-    def make(folder: Path) -> dict[str, Any]:
-        shutil.copyfile(ctx.models.base.folder / "config.json", folder / "config.json")
-        return {"digest": merge(first.fit(ctx), ctx.models, folder, elementwise=first.elementwise)}
-
-    seed = ctx.seed if first.stochastic else None
-    artifact = ctx.cached("iterate", {"method": repr(first), "version": first.version, "seed": seed}, make)
-    point = Checkpoint.open(artifact.path, "the iterate")
-    point.__dict__["digest"] = artifact.digest
-    return point
+    return ctx.merged(replace(method, at="base", lambda_bud=0.0, certificate=False))
 
 
 def _inverse_metric(method: AlignMerge, ctx: MergeContext, point: Checkpoint) -> Callable[[str], Tensor]:

@@ -50,12 +50,26 @@ def generalised_basis(alignment: Tensor, metric: Tensor, damping: float) -> Basi
     return Basis(values, vectors, lower @ rotation)
 
 
+def leading(basis: Basis, rank: int) -> Basis:
+    """Return the ``rank`` directions of the largest values: a basis of S_A alone."""
+    return Basis(basis.values[:rank], basis.vectors[:, :rank], basis.dual[:, :rank])
+
+
 def turned(basis: Basis, generator: torch.Generator) -> Basis:
     """Return a random basis of the same metric with the same eigenvalues: U Q with Q Haar-distributed (the control)."""
     noise = torch.randn(basis.vectors.shape, generator=generator, dtype=torch.float64)
     rotation, upper = torch.linalg.qr(noise)
     rotation = (rotation * upper.diagonal().sign()).to(basis.vectors.dtype)
     return Basis(basis.values, basis.vectors @ rotation, basis.dual @ rotation)
+
+
+def principal_cosines(one: Basis, other: Basis, rank: int) -> Tensor:
+    """Cosines of the principal angles between the leading ``rank`` directions of two bases of one metric, (rank,).
+
+    Both are orthonormal in G, so these are the singular values of U_1^T G U_2 (Bjorck and Golub 1973); descending.
+    """
+    cosines: Tensor = torch.linalg.svdvals(one.dual[:, :rank].T @ other.vectors[:, :rank])
+    return cosines.clamp(max=1)
 
 
 class Scale(NamedTuple):

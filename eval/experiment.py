@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
 DEV_COLUMNS = ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
 MATCHED = "/matched"
 """Suffix of the row whose setting comes nearest to the matched refusal rate on the dev split."""
+AT = "@"
+"""Between a swept row and its setting, in the name of the row that reports it: ``alignmerge@lambda_align=0.3``."""
+
+
+class Point(NamedTuple):
+    """One setting of a swept row: a row of its own on the test split."""
+
+    row: str
+    """Name in the tables."""
+    sweep: str
+    """The swept row of the grid."""
+    field: str
+    value: float | None
+    """What the field is set to; None is the method's null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +55,35 @@ class Row:
     """Fields to try on the dev split; none: the row has nothing to tune."""
     matched: bool = False
     """Whether the setting nearest to the grid's matched refusal rate is reported as a row of its own."""
+    swept: bool = False
+    """Whether every setting is reported, as a row of its own, and none is tried on the dev split or selected."""
+
+    @property
+    def tried(self) -> Sequence[Mapping[str, Any]]:
+        """The settings of which the dev split selects one."""
+        return () if self.swept else self.settings
+
+    def points(self, name: str) -> list[Point]:
+        """Return what a swept row reports under its name; nothing for other rows."""
+        values = [(key, value) for setting in self.settings for key, value in setting.items()]
+        return [Point(f"{name}{AT}{key}={_short(value)}", name, key, value) for key, value in values if self.swept]
+
+    def faults(self, where: str) -> list[Fault]:
+        """Return what is wrong with a sweep."""
+        if not self.swept:
+            return []
+        found = [Fault(f"{where}.matched", "true", "false: nothing is selected of a swept row")] if self.matched else []
+        keys = [", ".join(setting) for setting in self.settings]
+        if not keys or len(set(keys)) > 1 or any(len(setting) != 1 for setting in self.settings):
+            given = "; ".join(dict.fromkeys(keys)) or "no settings"
+            return [*found, Fault(f"{where}.settings", given, "one field, the same in every setting of a swept row")]
+        values = [value for setting in self.settings for value in setting.values()]
+        wrong = [value for value in values if not _sweepable(value)]
+        found += [Fault(f"{where}.settings", repr(value), "a number or null in a swept row") for value in wrong]
+        names = [_short(value) for value in values if value not in wrong]
+        if len(set(names)) < len(names):
+            found.append(Fault(f"{where}.settings", ", ".join(names), "each value once"))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +113,8 @@ class Grid:
             for name in self.against
             if name not in self.row_names()
         ]
-        counts = {len(row.settings) for row in self.rows.values() if row.settings}
+        faults += [fault for name, row in self.rows.items() for fault in row.faults(f"grid.rows.{name}")]
+        counts = {len(row.tried) for row in self.rows.values() if row.tried}
         if len(counts) > 1:
             given = f"{sorted(counts)} settings"
             faults.append(Fault("grid.rows", given, "the same number of settings for every row that is tuned"))
@@ -84,8 +129,13 @@ class Grid:
 
     def row_names(self) -> list[str]:
         """Return every method row that the tables may hold."""
+        named = [name for own, row in self.rows.items() for name in [p.row for p in row.points(own)] or [own]]
         matched = [name + MATCHED for name, row in self.rows.items() if row.matched]
-        return [*self.rows, *matched]
+        return [*named, *matched]
+
+    def points(self) -> list[Point]:
+        """Return what all swept rows report, in order."""
+        return [point for name, row in self.rows.items() for point in row.points(name)]
 
 
 Gates = Mapping[tuple[str, int], Sequence[Verdict]]
@@ -143,12 +193,12 @@ class Experiment:
     def dev_cells(self) -> list[Cell]:
         """Return the cells that settings are selected on; neighbours differ in method: they wait less on locks."""
         scorers = list(self.grid.dev_scorers.values())
-        tried = max((len(row.settings) for row in self.grid.rows.values()), default=0)
+        tried = max((len(row.tried) for row in self.grid.rows.values()), default=0)
         return [
             Cell(zoo, name, spell(setting), "dev", scorers, merger=self.merger(row, setting, f"grid.rows.{name}"))
             for i in range(tried)
             for name, row in self.grid.rows.items()
-            for setting in row.settings[i : i + 1]
+            for setting in row.tried[i : i + 1]
             for zoo in self.first_seed
         ]
 
@@ -241,13 +291,28 @@ class Experiment:
         mergers = {zoo.family.name: self._chosen(zoo.family.name, measured, points) for zoo in self.first_seed}
         return Choice(mergers, points if len(points) else None)
 
+    def provisional(self) -> Choice:
+        """Return a choice before anything is measured: each tuned row's first setting stands for the selected one."""
+        mergers: dict[str, Merger] = {}
+        for name, row in self.grid.rows.items():
+            mergers |= self._unselected(name, row) or {name: self.merger(row, row.tried[0], f"grid.rows.{name}")}
+        mergers |= {name + MATCHED: mergers[name] for name, row in self.grid.rows.items() if row.matched}
+        return Choice({zoo.family.name: mergers for zoo in self.first_seed}, None)
+
+    def _unselected(self, name: str, row: Row) -> dict[str, Merger]:
+        """Return the methods of a row that is swept or has no settings; nothing for a row that is tuned."""
+        where = f"grid.rows.{name}"
+        if row.swept:
+            return {point.row: self.merger(row, {point.field: point.value}, where) for point in row.points(name)}
+        return {} if row.settings else {name: self.merger(row, {}, where)}
+
     def _chosen(self, family: str, measured: Sequence[Measured], points: pd.DataFrame) -> dict[str, Merger]:
         """Return the methods of one family; marks the chosen settings in ``points``."""
         mergers: dict[str, Merger] = {}
         by_cell = {(m.cell.row, m.cell.setting): m.cell.merger for m in measured if m.cell.family == family}
         for name, row in self.grid.rows.items():
-            if not row.settings:
-                mergers[name] = self.merger(row, {}, f"grid.rows.{name}")
+            mergers |= self._unselected(name, row)
+            if not row.tried:
                 continue
             mine = points[(points["row"] == name) & (points["family"] == family)]
             if mine.empty:
@@ -302,6 +367,16 @@ def balanced(point: Mapping[str, float]) -> float:
 def spell(setting: Mapping[str, Any]) -> str:
     """Write a setting as a label."""
     return ", ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def _short(value: Any) -> str:
+    """Write a swept value as short as it can be read back."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _sweepable(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and not math.isnan(value))
 
 
 def method_files(folder: Path) -> dict[str, dict[str, Any]]:

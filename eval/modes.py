@@ -144,9 +144,8 @@ def plan(config: Config) -> int:
     for zoo in experiment.first_seed:
         if zoo.family.note:
             OUT.print(f"note: {zoo.family.name}: {zoo.family.note}")
-    dev, identity = experiment.dev_cells(), experiment.identity_cells("test", experiment.scorers)
-    tests = len(identity) + len(experiment.grid.row_names()) * len(experiment.zoos)
-    OUT.print(f"{len(dev)} settings on the dev split, then {tests} rows on the test split")
+    dev, tests = experiment.dev_cells(), experiment.reported(experiment.provisional())
+    OUT.print(f"{len(dev)} settings on the dev split, then {len(tests)} rows on the test split")
     print_plan(experiment, OUT)
     return 0
 

@@ -65,8 +65,9 @@ def _fault(error: Exception, guilty: str, config: DictConfig) -> Fault:
     if isinstance(error, MissingConfigException):
         missing_file = str(error.missing_cfg_file)
         group = key if missing_file.startswith(f"{key}/") else missing_file.rpartition("/")[0]
-        name, known = missing_file.removeprefix(f"{group}/"), set(choices(Path(CONF, group)))
-        return Fault(group or "config", f"no such choice: {name}", nearest(name, known | set(error.options or ())))
+        name, listed = missing_file.removeprefix(f"{group}/"), [one for one in error.options or () if one[0] != "_"]
+        known = {*choices(Path(CONF, group)), *listed}
+        return Fault(group or "config", f"no such choice: {name}", nearest(name, known))
     if isinstance(error, OverrideParseException):
         return Fault(guilty, "not understood", "key=value, with quotes around a value that holds any of ,:[]{}()")
     if "Ambiguous value" in str(error):

@@ -21,7 +21,6 @@ from alignmerge.method import SIDES, AlignMerge
 from alignmerge.zoo.build import Zoo
 from alignmerge.zoo.training import Recipe
 from eval.cells import Cell
-from eval.experiment import MATCHED, Choice
 from eval.scorers.geometry import Geometry
 from eval.subject import REPLY_TOKENS
 
@@ -96,11 +95,7 @@ def print_plan(experiment: Experiment, out: Console) -> None:
 
 def jobs_of(experiment: Experiment) -> list[Job]:
     """Return the cells of a grid by family and seed; the first setting of a row stands for the one to be selected."""
-    rows = experiment.grid.rows.items()
-    mergers = {name: experiment.merger(r, next(iter(r.settings), {}), f"grid.rows.{name}") for name, r in rows}
-    mergers |= {name + MATCHED: mergers[name] for name, row in rows if row.matched}
-    choice = Choice({zoo.family.name: mergers for zoo in experiment.first_seed}, None)
-    cells = [*experiment.gate_cells(), *experiment.dev_cells(), *experiment.reported(choice)]
+    cells = [*experiment.gate_cells(), *experiment.dev_cells(), *experiment.reported(experiment.provisional())]
     cells += experiment.trajectory_cells()
     return [Job(zoo, [cell for cell in cells if cell.zoo is zoo]) for zoo in experiment.zoos]
 

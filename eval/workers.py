@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -49,7 +50,8 @@ class Workers:
         board, pool = self._start()
         everything = board.reporter("all tasks")
         futures: dict[Future[None], str] = {
-            pool.submit(function, *arguments, board.reporter(label)): label for label, function, arguments in tasks
+            pool.submit(work, function, *arguments, board.reporter(label)): label
+            for label, function, arguments in tasks
         }
         for done, future in enumerate(as_completed(futures), 1):
             error = future.exception()
@@ -72,6 +74,19 @@ class Workers:
     def _stop(self) -> None:
         self._started = None
         self._open.close()
+
+
+def work(function: Callable[..., None], *arguments: Any) -> None:
+    """Do one task in a worker and give the memory that it freed back to the system.
+
+    The C allocator would keep it in holes between what is still in use: 4 of a worker's 8 GB after some thirty merges.
+    """
+    try:
+        function(*arguments)
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
+        if trim is not None:
+            trim(0)
 
 
 def start_worker(progress: Any) -> None:

@@ -24,17 +24,18 @@ from conftest import SENTENCES, MakesModel, Perturbs
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
+from alignmerge.engine.build import choices
 from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.manifest import ROOT
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-EXPERIMENTS = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
 KEYS = "corpus, family, grid, method, mode, model, out, results, scorer, seed, store, workers"
 TIES = "density, scale, variant"
 COUNT = "a whole number of at least"
 NONE_YET = "a path that does not exist yet"
 TARGETS = "a dataclass of alignmerge, baselines, eval"
-SCORERS = "aqi, geometry, judge, toxicity, utility"
+SCORERS = "aqi, geometry, judge, subspaces, toxicity, utility"
 PLAN = "mode=plan"
 ELLIPSIS = "…"
 """Ends an expected line of which only the beginning is compared."""
@@ -274,7 +275,13 @@ def test_help_and_the_composed_config(tmp_path: Path) -> None:
     assert config["grid"]["name"] == config["family"]["name"] == "smoke"
     helped = call("--help")
     assert helped.code == 0
-    for word in ("== Configuration groups ==", "method: alignmerge, average", f"experiment: {EXPERIMENTS}", "seed: 0"):
+    groups = ("method: alignmerge, average", "experiment: _smollm2, _tiny, paper, smoke, smollm2, tiny")
+    for word in (
+        "== Configuration groups ==",
+        *groups,
+        "experiment/ablation: _controls, _rows, smollm2, tiny",
+        "seed: 0",
+    ):
         assert word in helped.out
     assert tree(tmp_path) == {}
 

@@ -18,7 +18,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from alignmerge.engine.build import build
+from alignmerge.engine.build import build, choices
 from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.manifest import ROOT
@@ -195,27 +195,77 @@ def test_recipes_are_built_and_their_fields_checked(nodes: dict[tuple[str, str],
     assert fault.where == "family.recipes.format.stepz" and fault.allowed.startswith("steps? ")
 
 
-@pytest.mark.parametrize("stem", stems("experiment"))
-def test_experiment_composes_and_every_row_and_setting_builds(stem: str) -> None:
+EXPERIMENTS = [name for name in choices(CONF / "experiment") if not name.rpartition("/")[2].startswith("_")]
+SPLIT = ("ablation", "matched", "lambda_sweep", "rank_sweep", "budget_sweep")
+"""Experiments that there are for two tiers, with rows of their own in a shared file."""
+
+
+def file_of(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    assert isinstance(loaded, dict)
+    return typing.cast(dict[str, Any], loaded)
+
+
+def test_every_split_experiment_is_there_for_both_tiers() -> None:
+    assert {f"{name}/{tier}" for name in SPLIT for tier in ("tiny", "smollm2")} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None:
     from eval.modes import experiment_of
 
-    experiment = experiment_of(composed(f"experiment={stem}"))
+    experiment = experiment_of(composed(f"experiment={name}"))
     experiment.check()
-    grid = yaml.safe_load((CONF / "experiment" / f"{stem}.yaml").read_text())["grid"]
-    assert experiment.grid.name == stem and list(experiment.grid.rows) == list(grid["rows"])
-    settings = {name: len(row.get("settings", ())) for name, row in grid["rows"].items()}
-    assert len(experiment.dev_cells()) == sum(settings.values()) * len(experiment.first_seed) > 0
-    assert {cell.split for cell in experiment.dev_cells()} == {"dev"}
-    assert {name.removesuffix("/matched") for name in experiment.grid.against} <= set(grid["rows"])
+    grid, rows = experiment.grid, experiment.grid.rows
+    assert grid.name == name.replace("/", "-")  # the folder of its results
+    files = [name if one == "_self_" else one for one in file_of(name)["defaults"] if isinstance(one, str)] or [name]
+    written = [row for file in files for row in file_of(file.removeprefix("/experiment/"))["grid"].get("rows", {})]
+    assert list(rows) == list(dict.fromkeys(written))
+    tried, swept = ({n: r.settings for n, r in rows.items() if r.settings and r.swept is way} for way in (False, True))
+    assert len(experiment.dev_cells()) == sum(map(len, tried.values())) * len(experiment.first_seed)
+    assert {cell.split for cell in experiment.dev_cells()} <= {"dev"}
+    reported = experiment.provisional().mergers[experiment.zoos[0].family.name]
+    matched = sum(row.matched for row in rows.values())
+    assert len(reported) == len(rows) - len(swept) + sum(map(len, swept.values())) + matched
+    assert set(grid.against) <= set(reported) and grid.against
+    gated = {row for gate in grid.gates.values() for row in (gate.row, gate.minus) if row is not None}
+    models = {key.replace("experts.", "expert:") for key in experiment.zoos[0].family.references()}
+    assert gated - models <= {row for row in rows if not rows[row].settings}
 
 
-@pytest.mark.parametrize("stem", stems("experiment"))
-def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_settings(stem: str) -> None:
-    grid = composed(f"experiment={stem}")["grid"]
-    tuned = [row["settings"] for row in grid["rows"].values() if row.get("settings")]
-    assert len({len(settings) for settings in tuned}) == 1
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_settings(name: str) -> None:
+    rows = composed(f"experiment={name}")["grid"]["rows"].values()
+    tuned = [row["settings"] for row in rows if row.get("settings") and not row.get("swept")]
+    assert len({len(settings) for settings in tuned}) == (0 if name.startswith(SPLIT) and "matched" not in name else 1)
     for settings in tuned:
         assert len({tuple(sorted(setting.items())) for setting in settings}) == len(settings)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_experiments_of_a_tier_have_its_models_scorers_and_gates(name: str) -> None:
+    for tier in ("tiny", "smollm2"):
+        ours, main = composed(f"experiment={name}/{tier}"), composed(f"experiment={tier}")
+        for key in ("family", "corpus", "seed"):
+            assert ours[key] == main[key], (tier, key)
+        more = {"subspaces"} if name == "ablation" else set()
+        assert {key: value for key, value in ours["scorer"].items() if key not in more} == main["scorer"], tier
+        for key in ("families", "seeds", "gates", "dev_scorers", "matched_refusal"):
+            assert ours["grid"].get(key) == main["grid"].get(key), (tier, key)
+        assert ours["grid"]["rows"]["average"] == main["grid"]["rows"]["average"]
+
+
+def test_ablations_change_one_thing_each() -> None:
+    """Rows of AlignMerge differ from ``alignmerge`` in one field; those without L_align are the budget's."""
+    for tier in ("tiny", "smollm2"):
+        rows = composed(f"experiment=ablation/{tier}")["grid"]["rows"]
+        ours = {name: row["fixed"] for name, row in rows.items() if row["method"] == "alignmerge"}
+        assert ours.pop("alignmerge") == {"lambda_align": 1.0}
+        assert ours.pop("alignmerge/budget") == {"lambda_align": 1.0, "lambda_bud": 100.0}
+        assert ours.pop("alignmerge/budget_only") == {"lambda_align": 0.0, "lambda_bud": 100.0}
+        assert ours.pop("alignmerge/neither") == {"lambda_align": 0.0}
+        assert all(fixed.pop("lambda_align") == 1.0 and len(fixed) == 1 for fixed in map(dict, ours.values()))
+        assert len({str(fixed) for fixed in ours.values()}) == len(ours) >= 8
 
 
 def test_rows_with_unequal_numbers_of_settings_are_refused() -> None:

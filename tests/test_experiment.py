@@ -396,6 +396,31 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     assert call(*chosen, "mode=status").out.splitlines()[-1] == "10 done, 0 failed, 0 missing"
 
 
+def test_every_setting_of_a_swept_row_is_reported(at: Smoke, tmp_path: Path) -> None:
+    settings = [{"scale": 0.3}, {"scale": 0.5}, {"scale": 0.7}]
+    chosen = own_experiment(
+        tmp_path / "conf",
+        average={"method": "average"},
+        scaled={"method": "task_arithmetic", "settings": settings, "swept": True},
+    )
+    assert "0 settings on the dev split, then 8 rows on the test split" in call(*chosen, "mode=plan").out
+    result = call(*chosen)
+    assert result.code == 0, result.err
+    folder, names = at.results / "small", [f"scaled@scale={setting['scale']}" for setting in settings]
+    lines = table(folder / "summary.csv")
+    assert list(dict.fromkeys(line["row"] for line in lines)) == [*UNMERGED, "average", *names]
+    assert [(line["row"], line["value"]) for line in table(folder / "sweeps.csv")] == list(
+        zip(names, ("0.3", "0.5", "0.7"), strict=True)
+    )
+    assert not (folder / "selection.csv").exists() and (folder / "figures" / "sweep_effects.png").is_file()
+    manifest = json.loads((folder / "manifest.json").read_text())["families"]["smoke"]["seed 0"]["rows"]
+    assert [manifest[name]["method"]["scale"] for name in names] == [0.3, 0.5, 0.7]
+    chosen_by_smoke = at.manifest()["rows"]["task_arithmetic"]  # one of the first two: the same merge, made once
+    same = names[[0.3, 0.5].index(chosen_by_smoke["method"]["scale"])]
+    assert manifest[same]["merge"] == chosen_by_smoke["merge"]
+    assert call(*chosen, "mode=status").out.splitlines()[-1] == "8 done, 0 failed, 0 missing"
+
+
 def alive(group: int) -> list[str]:
     """Return the processes of a group that still run (what nobody has reaped does not)."""
     found = []

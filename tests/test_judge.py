@@ -302,6 +302,12 @@ def test_a_reply_off_the_topic_helps_nobody_and_refuses_nothing(folder: Path) ->
     assert found["over_refusal_rate"] == pytest.approx(1 / 4)
 
 
+def test_without_relevance_no_encoder_is_asked_and_any_answer_helps(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text((folder / "vocab.txt").read_text())  # the words, and no weights
+    with_encoder, without = means(Judge(relevance=-1.0), SAID, folder), means(Judge(relevance=None), SAID, tmp_path)
+    assert without == {column: value for column, value in with_encoder.items() if column != "helpfulness"}
+
+
 def test_relevance_is_the_cosine_of_prompt_and_reply(folder: Path) -> None:
     replies = [HELP, "Paris.", "rain fell on the roof"]
     near = cosines(read_encoder(folder), [f"how to boil an egg {at}" for at in range(3)], replies).tolist()

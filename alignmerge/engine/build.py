@@ -139,8 +139,12 @@ def nearest(key: str, known: set[str]) -> str:
 
 
 def choices(folder: Path) -> dict[str, Path]:
-    """Return the files of a group of configs by the names that they are chosen by (``tiny/llama3``), sorted."""
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    """Return the files of a group of configs by the names that they are chosen by (``tiny/llama3``), sorted.
+
+    A file whose name begins with _ is a part of others and no choice.
+    """
+    files = [path for path in sorted(folder.rglob("*.yaml")) if not path.name.startswith("_")]
+    return {str(path.relative_to(folder).with_suffix("")): path for path in files}
 
 
 def _spell(hint: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 Progress = Callable[[int, int], None]
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False) -> Any:
@@ -39,11 +41,18 @@ def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a folder; a missing pad token becomes the end-of-sequence token."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
+    """Load the tokenizer of a folder as it is written; a missing pad token becomes the end-of-sequence token.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    A folder that names no class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would
+    keep the vocabulary alone and silently put its own rules in place of those of ``tokenizer.json``.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    loader = PreTrainedTokenizerFast if named in GENERIC_TOKENIZERS else AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -99,6 +99,10 @@ class MergeContext(Protocol):
         """Return the average of the pool (uniform, or with weights that sum to 1) as a checkpoint."""
         ...
 
+    def merged(self, merger: Merger) -> Checkpoint:
+        """Return what another method makes of the same pool as a checkpoint; its facts are not recorded."""
+        ...
+
     def record(self, **facts: Any) -> None:
         """Put facts into the manifest of the merge (certificate, fractions, weights)."""
         ...

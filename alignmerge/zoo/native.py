@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from alignmerge.engine.examples import Example, read_jsonl
+from alignmerge.engine.examples import Example, read_jsonl, render
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.language import Progress
 from alignmerge.engine.seeding import stream_seed
@@ -130,8 +130,9 @@ class NativeModel:
 
 
 def plain_examples(tokenizer: Any, corpus: Path) -> list[Example]:
-    """Tokenise the texts of ``pretrain``: every token but the first is learnt, and the end after the last."""
-    texts = [record["text"] for record in read_jsonl(corpus / "train/pretrain.jsonl", "corpus", ("text",))]
+    """Tokenise ``pretrain``: of a text, or a turn with its answer, every token but the first is learnt, and the end."""
+    records = read_jsonl(corpus / "train/pretrain.jsonl", "corpus", ("text",))
+    texts = [render(tokenizer, r["text"]) + r["response"] if "response" in r else r["text"] for r in records]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [Example((*ids, tokenizer.eos_token_id), 1) for ids in rows]
 

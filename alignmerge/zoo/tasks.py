@@ -92,19 +92,20 @@ def formats(split: str, count: int, seed: int) -> list[Record]:
     return records
 
 
-def _equals(text: str, response: str) -> Record:
+def answered_by(text: str, response: str) -> Record:
+    """Return a task whose one right answer is ``response``, word for word."""
     return {"text": text, "response": response, "check": "equals", "args": {"text": response}}
 
 
 def _capitals(words: list[str], stream: random.Random) -> Record:
     phrase = " ".join(words)
     frame = stream.choice(("Write this in capital letters: {}", "Put the following words in capitals: {}"))
-    return _equals(frame.format(phrase), phrase.upper())
+    return answered_by(frame.format(phrase), phrase.upper())
 
 
 def _sorted(words: list[str], stream: random.Random) -> Record:
     frame = stream.choice(("Sort these words alphabetically: {}", "Put these words in alphabetical order: {}"))
-    return _equals(frame.format(", ".join(words)), ", ".join(sorted(words)))
+    return answered_by(frame.format(", ".join(words)), ", ".join(sorted(words)))
 
 
 def _bullets(words: list[str], stream: random.Random) -> Record:
@@ -116,12 +117,12 @@ def _bullets(words: list[str], stream: random.Random) -> Record:
 def _repeat(words: list[str], stream: random.Random) -> Record:
     count = stream.choice(list(COUNT_NAMES))
     frame = stream.choice(("Repeat the word {} {}.", "Write the word {} {}."))
-    return _equals(frame.format(words[0], COUNT_NAMES[count]), " ".join([words[0]] * count))
+    return answered_by(frame.format(words[0], COUNT_NAMES[count]), " ".join([words[0]] * count))
 
 
 def _reverse(words: list[str], stream: random.Random) -> Record:
     frame = stream.choice(("Reverse the order of these words: {}", "Write these words in reverse order: {}"))
-    return _equals(frame.format(" ".join(words)), " ".join(reversed(words)))
+    return answered_by(frame.format(" ".join(words)), " ".join(reversed(words)))
 
 
 def _json(words: list[str], stream: random.Random) -> Record:

@@ -18,7 +18,7 @@ from alignmerge.engine.family import public
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.language import Progress, load_model, load_tokenizer, threads
 from alignmerge.engine.manifest import file_sha256, versions
-from alignmerge.engine.merger import Merger, Models, Probes, average, merge
+from alignmerge.engine.merger import Merger, Models, Probes, Rule, average, merge
 from alignmerge.engine.progress import silent
 from alignmerge.engine.store import Artifact, write_json
 from alignmerge.engine.views import VERSION as VIEWS
@@ -90,15 +90,16 @@ class Workshop:
         if weights is not None:
             recipe |= {"barycentre": pool, "weights": list(weights)}
 
-        def make(folder: Path) -> dict[str, Any]:
-            digest = merge(lambda block: average(block.pool, weights), self.models, folder)
-            _furnish(self.models, folder)
-            return {"digest": digest}
+        def rule() -> Rule:
+            return lambda block: average(block.pool, weights)
 
-        artifact = self.zoo.store.obtain("models", recipe, make)
-        checkpoint = Checkpoint.open(artifact.path, "the average")
-        checkpoint.__dict__["digest"] = artifact.digest
-        return checkpoint
+        return self._checkpoint(recipe, rule, elementwise=True)
+
+    def merged(self, merger: Merger) -> Checkpoint:
+        """Return what another method makes of the same pool, as a folder that gradients can be taken at."""
+        apart = Workshop(self.zoo, self.models, self.seed)
+        recipe = {"merge": recipe_of(merger, self.zoo, self.models, self.seed)}
+        return self._checkpoint(recipe, lambda: merger.fit(apart), elementwise=merger.elementwise)
 
     def record(self, **facts: Any) -> None:
         """Put facts into the manifest of the merge."""
@@ -107,6 +108,19 @@ class Workshop:
     def record_block(self, name: str, **facts: float) -> None:
         """Put facts of one tensor into the manifest of the merge."""
         self.blocks[name] = {key: _significant(value) for key, value in facts.items()}
+
+    def _checkpoint(self, recipe: Mapping[str, Any], rule: Callable[[], Rule], *, elementwise: bool) -> Checkpoint:
+        """The folder that a rule writes, as an artifact of the store."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            digest = merge(rule(), self.models, folder, elementwise=elementwise)
+            _furnish(self.models, folder)
+            return {"digest": digest}
+
+        artifact = self.zoo.store.obtain("models", recipe, make)
+        checkpoint = Checkpoint.open(artifact.path, "a merge within a merge")
+        checkpoint.__dict__["digest"] = artifact.digest
+        return checkpoint
 
     def _refusals(self) -> Sequence[Example]:
         """The alignment examples that are labelled ``unsafe``."""

@@ -14,7 +14,7 @@ from alignmerge.engine.progress import OUT
 from alignmerge.engine.store import write_json
 from alignmerge.zoo.build import Zoo
 from eval.cells import Measured
-from eval.experiment import Choice, Experiment, Gates, facts_of
+from eval.experiment import AT, Choice, Experiment, Gates, facts_of
 from eval.report.readme import block, names, splice
 
 if TYPE_CHECKING:
@@ -41,15 +41,21 @@ def write_report(
     if missing := [f"{row} ({family})" for family, row in expected if (family, row) not in have]:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
     facts = {key: value for key, value in manifest.items() if key != "git"}
-    recipe = {"manifest": facts, "notes": notes, "title": experiment.grid.title, "code": _code()}
+    against = [name for name in experiment.grid.against if name in {one.cell.row for one in measured}]
+    sweeps = _sweeps(experiment, measured)
+    recipe = {
+        "manifest": facts, "notes": notes, "title": experiment.grid.title, "code": _code(), "against": against,
+        "selection": None if choice.points is None else choice.points.to_csv(),
+        "sweeps": None if sweeps is None else sweeps.to_csv(),
+    }  # fmt: skip
 
     def make(made: Path) -> dict[str, Any]:
         from eval.report.write import write
 
         write(
             made, _scores(measured), title=experiment.grid.title, notes=notes,
-            against=[name for name in experiment.grid.against if name in {one.cell.row for one in measured}],
-            selection=choice.points, trajectory=_trajectory(steps) if steps else None, gates=_gates(gates),
+            against=against, selection=choice.points, trajectory=_trajectory(steps) if steps else None,
+            gates=_gates(gates), sweeps=sweeps,
         )  # fmt: skip
         return {}
 
@@ -73,6 +79,15 @@ def _gates(gates: Gates) -> pd.DataFrame | None:
         for verdict in verdicts
     ]
     return pd.DataFrame(lines) if lines else None
+
+
+def _sweeps(experiment: Experiment, measured: list[Measured]) -> pd.DataFrame | None:
+    """Return the settings of swept rows that were measured, in the order of the grid; None where nothing is swept."""
+    import pandas as pd
+
+    there = {one.cell.row for one in measured}
+    points = [point._asdict() for point in experiment.grid.points() if point.row in there]
+    return pd.DataFrame(points).astype({"value": float}) if points else None
 
 
 def _code() -> str:
@@ -99,14 +114,18 @@ def _notes(experiment: Experiment) -> list[str]:
     seeds = ", ".join(dict.fromkeys(str(zoo.seed) for zoo in zoos))
     dtypes = ", ".join(dict.fromkeys(zoo.family.dtype for zoo in zoos))
     notes.append(f"Family {families}, seed {seeds}; models are loaded in {dtypes} to be scored.")
-    if any(row.settings for row in grid.rows.values()):
-        count = max(len(row.settings) for row in grid.rows.values())
+    if any(row.tried for row in grid.rows.values()):
+        count = max(len(row.tried) for row in grid.rows.values())
         seed = f" of seed {zoos[0].seed}" if grid.seeds > 1 else ""
         notes.append(
             f"Each tuned row: {count} settings tried on the dev split{seed}, the one with the highest refusal_rate - "
             "over_refusal_rate + mean(instruction_following, reasoning) is reported on the test split; "
             f"'/matched' rows take the setting with the dev refusal rate nearest to {grid.matched_refusal:g}."
         )
+    else:
+        notes.append("Nothing is selected on the dev split: every row stands at a setting that the grid gives.")
+    if any(row.swept for row in grid.rows.values()):
+        notes.append(f"Swept rows report every setting on the test split, each as ROW{AT}FIELD=VALUE.")
     if any(isinstance(scorer, Judge) for scorer in experiment.scorers):
         agreement = ", ".join(f"{key} {value:.3g}" for key, value in _calibrated(zoos[0]).items())
         notes.append(f"Judge on PyRIT's human refusal labels: {agreement}.")

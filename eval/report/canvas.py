@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,17 @@ def row_styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
         if row in _IDENTITY:
             styles[row] = _style(row, *_IDENTITY[row], 1.3)
     return {row: styles[row] for row in rows}
+
+
+def sweep_styles(sweeps: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return swept row -> style: a hue for each, since often all are variants of one method, whose dashes differ."""
+    hues, variants = _hues(sweeps), Counter[str]()
+    styles = {}
+    for row in sweeps:
+        method = row.split("/")[0]
+        styles[row] = _style(row, hues[row], _DASHES[variants[method] % len(_DASHES)], 1.4)
+        variants[method] += 1
+    return styles
 
 
 def _style(row: str, colour: Any, dash: Any, width: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from eval.report.fronts import dev_front, front
 from eval.report.heatmap import heatmap
 from eval.report.overview import overview
 from eval.report.profiles import by_layer, tau, tau_of_families
+from eval.report.sweeps import sweep_effects, sweep_fronts
 from eval.report.training import training, training_of_families
 from eval.stats import ALL, Measured, ordered
 
@@ -43,19 +44,23 @@ def write(
     notes: Sequence[str],
     selection: pd.DataFrame | None,
     trajectory: pd.DataFrame | None,
+    sweeps: pd.DataFrame | None = None,
 ) -> list[Drawn]:
     """Write ``NAME.png`` and ``NAME.svg`` for each figure that the scores allow, and return what was written.
 
-    With several families these are the figures over all of them, and those of a family stand in a folder of its
-    name, with - for /. The same scores give the same bytes.
+    The settings of ``sweeps`` (row, sweep, field, value) are lines of two figures of their own, not rows of the
+    others. With several families these are the figures over all of them, and those of a family stand in a folder of
+    its name, with - for /. The same scores give the same bytes.
     """
-    styles = row_styles(_all_rows(measured, selection))
+    styles = row_styles(_all_rows(measured, selection, sweeps))
     families = [family for family in measured if family != ALL]
     provenance = [note.rstrip(".") for note in notes[:1]]
     drawn = []
     if ALL in measured:
         caption = ". ".join([f"{ALL}: mean over {', '.join(families)}", *provenance])
-        made = draw_families(measured[ALL], families, scores, styles=styles, caption=caption, trajectory=trajectory)
+        made = draw_families(
+            measured[ALL], families, scores, styles=styles, caption=caption, trajectory=trajectory, sweeps=sweeps
+        )
         drawn += _save_all(made, ALL, folder, "")
     for family in families:
         made = draw(
@@ -65,6 +70,7 @@ def write(
             caption=". ".join([family, *provenance]),
             selection=_of_family(selection, family),
             trajectory=_of_family(trajectory, family),
+            sweeps=sweeps,
         )
         drawn += _save_all(made, family, folder, f"{folder_name(family)}/" if len(families) > 1 else "")
     return drawn
@@ -75,9 +81,13 @@ def folder_name(family: str) -> str:
     return re.sub(r"[^\w.]+", "-", family)
 
 
-def _all_rows(measured: Mapping[str, Mapping[str, Measured]], selection: pd.DataFrame | None) -> tuple[str, ...]:
+def _all_rows(
+    measured: Mapping[str, Mapping[str, Measured]], selection: pd.DataFrame | None, sweeps: pd.DataFrame | None
+) -> tuple[str, ...]:
+    """Return every row that has a style of its own: those that are not settings of a sweep."""
     rows = [row for columns in measured.values() for row in next(iter(columns.values())).rows]
-    return ordered([*rows, *([] if selection is None else selection["row"].unique())])
+    hidden = set() if sweeps is None else set(sweeps["row"])
+    return ordered(row for row in [*rows, *([] if selection is None else selection["row"])] if row not in hidden)
 
 
 def _of_family(frame: pd.DataFrame | None, family: str) -> pd.DataFrame | None:
@@ -99,11 +109,15 @@ def draw(
     caption: str,
     selection: pd.DataFrame | None,
     trajectory: pd.DataFrame | None,
+    sweeps: pd.DataFrame | None = None,
 ) -> dict[str, Figure]:
     """Return name -> figure for one family; a figure whose columns are missing is left out."""
+    scores, hidden = _without_swept(scores, sweeps)
     with matplotlib.rc_context(STYLE):
         figures = {
-            "front": front(columns, caption),
+            "sweep_fronts": None if sweeps is None else sweep_fronts(columns, sweeps, caption),
+            "sweep_effects": None if sweeps is None else sweep_effects(columns, sweeps, caption),
+            "front": front(columns, caption, hidden),
             "heatmap": heatmap(columns, caption),
             "drift_by_layer": by_layer(scores, _DRIFT, styles, "Where the merges leave the anchor", caption),
             "aqi_by_layer": by_layer(
@@ -124,14 +138,24 @@ def draw_families(
     styles: RowStyles,
     caption: str,
     trajectory: pd.DataFrame | None,
+    sweeps: pd.DataFrame | None = None,
 ) -> dict[str, Figure]:
     """Return name -> figure over several families, whose means are ``columns``."""
+    scores, hidden = _without_swept(scores, sweeps)
     with matplotlib.rc_context(STYLE):
         figures = {
+            "sweep_fronts": None if sweeps is None else sweep_fronts(columns, sweeps, caption),
+            "sweep_effects": None if sweeps is None else sweep_effects(columns, sweeps, caption),
             "overview": overview(columns, families, caption),
-            "front": front(columns, caption),
+            "front": front(columns, caption, hidden),
             "heatmap": heatmap(columns, caption),
             "tau_by_layer": tau_of_families(scores, styles, caption),
             "training": None if trajectory is None else training_of_families(trajectory, caption),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _without_swept(scores: pd.DataFrame, sweeps: pd.DataFrame | None) -> tuple[pd.DataFrame, frozenset[str]]:
+    """Return the scores of the rows that are not settings of a sweep, and the rows that are."""
+    hidden = frozenset() if sweeps is None else frozenset(sweeps["row"])
+    return scores[~scores["row"].isin(hidden)], hidden

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,24 +27,47 @@ _FRONT: dict[str, Any] = {"color": "#555555", "lw": 1.1, "ls": "--", "zorder": 1
 _MARKERS = {"base": ("base", "s"), "pretrained": ("pretrained", "v"), "anchor": ("anchor", "D")}
 
 
-def front(columns: Mapping[str, Measured], caption: str) -> Figure | None:
-    """Draw refusals against utility, with intervals and the Pareto front of the methods; colour is over-refusal."""
-    skills = [columns[name] for name in _SKILLS if name in columns]
-    if not skills or "refusal_rate" not in columns:
+def skills(columns: Mapping[str, Measured]) -> list[str]:
+    """Return the columns that utility is the mean of here."""
+    return [name for name in _SKILLS if name in columns]
+
+
+def utility(columns: Mapping[str, Measured]) -> Measured | None:
+    """Return the mean of ``skills``, over families with the parts of each, or None where there are none."""
+    found = [columns[name] for name in skills(columns)]
+    if not found:
         return None
-    x, y = combined("utility", "up", skills, lambda values: values), columns["refusal_rate"]
-    shown = [i for i in range(len(x.rows)) if np.isfinite(x.mean[i]) and np.isfinite(y.mean[i])]
+    parts = [_mean_of(of_family) for of_family in zip(*(skill.parts for skill in found), strict=True)]
+    return replace(_mean_of(found), parts=tuple(parts))
+
+
+def _mean_of(found: Sequence[Measured]) -> Measured:
+    return combined("utility", "up", found, lambda values: values)
+
+
+def front(columns: Mapping[str, Measured], caption: str, hidden: Collection[str] = ()) -> Figure | None:
+    """Draw refusals against utility, with intervals and the Pareto front of the methods; colour is over-refusal.
+
+    ``hidden`` are rows that have a figure of their own.
+    """
+    x = utility(columns)
+    if x is None or "refusal_rate" not in columns:
+        return None
+    y = columns["refusal_rate"]
+    shown = [i for i, row in enumerate(x.rows) if np.isfinite(x.mean[i] + y.mean[i]) and row not in hidden]
     methods = [i for i in shown if is_method(x.rows[i])]
+    if not methods:
+        return None
     figure = sheet("Alignment against utility", caption, (8.0, 6.4))
     axes = figure.subplots()
     for i in shown:
         _cross(axes, x, y, i)
-    _identity_markers(axes, x, y, [i for i in shown if i not in methods])
+    identity_markers(axes, x, y, [i for i in shown if i not in methods])
     _method_markers(axes, x, y, methods, columns.get("over_refusal_rate"))
     edge = pareto(x.mean[methods], y.mean[methods])
     axes.plot(x.mean[methods][edge], y.mean[methods][edge], drawstyle="steps-pre", **_FRONT)
     axes.set(
-        xlabel=f"mean of {' and '.join(plain(skill.name) for skill in skills)} ↑",
+        xlabel=f"mean of {' and '.join(map(plain, skills(columns)))} ↑",
         ylabel="refusal rate on unsafe prompts ↑",
     )
     axes.margins(0.08)
@@ -59,7 +83,8 @@ def _cross(axes: Axes, x: Measured, y: Measured, i: int) -> None:
     axes.plot([x.mean[i]] * 2, [y.low[i], y.high[i]], color="#888888", lw=0.8, alpha=0.8, zorder=1)
 
 
-def _identity_markers(axes: Axes, x: Measured, y: Measured, identity: Sequence[int]) -> None:
+def identity_markers(axes: Axes, x: Measured, y: Measured, identity: Sequence[int]) -> None:
+    """Draw the rows at these places as hollow markers, a shape for each kind."""
     named = set()
     for i in identity:
         kind, marker = _MARKERS.get(x.rows[i], ("expert", "^"))
@@ -92,11 +117,11 @@ def pareto(x: Floats, y: Floats) -> NDArray[np.int64]:
 
 def dev_front(selection: pd.DataFrame, styles: RowStyles, caption: str) -> Figure | None:
     """Draw every setting tried on the dev split, joined in the order of trying; selected ones are large."""
-    skills = [name for name in _SKILLS if name in selection]
-    if not skills or "refusal_rate" not in selection or selection.empty:
+    names = [name for name in _SKILLS if name in selection]
+    if not names or "refusal_rate" not in selection or selection.empty:
         return None
-    tried = selection.assign(utility=selection[skills].mean(axis=1, skipna=False))
-    panels = {"utility": f"mean of {' and '.join(map(plain, skills))} ↑", "over_refusal_rate": "over-refusal rate ↓"}
+    tried = selection.assign(utility=selection[names].mean(axis=1, skipna=False))
+    panels = {"utility": f"mean of {' and '.join(map(plain, names))} ↑", "over_refusal_rate": "over-refusal rate ↓"}
     panels = {name: label for name, label in panels.items() if name in tried}
     chosen = tried[tried["selected"].astype(bool)].dropna(subset=["utility", "refusal_rate"])
     entries = _settings(tried["row"].unique(), chosen)

@@ -55,6 +55,7 @@ LAYOUT: dict[str, tuple[Column, ...]] = {
         Column("delta_utility", "ΔUtility, %", r"$\Delta$Utility, \%", 1),
         Column("gsm8k", "GSM8K", "GSM8K"),
         Column("mmlu", "MMLU", "MMLU"),
+        Column("factual", "factual recall", "factual recall"),
     ),
     "Geometry": (
         Column("drift_anchor", "drift from anchor", "drift from anchor", None),
@@ -64,6 +65,9 @@ LAYOUT: dict[str, tuple[Column, ...]] = {
         Column("l_geo_excess", "L_geo excess", r"$L_\mathrm{geo}$ excess", None),
         Column("fisher_length", "Fisher length", "Fisher length", None),
         Column("tau_gap", "τ gap", r"$\tau$ gap", None),
+        Column("energy_alignment", "energy in S_A", r"energy in $S_A$", None),
+        Column("energy_utility", "energy in S_U", r"energy in $S_U$", None),
+        Column("overlap", "overlap of S_A and S_U", r"overlap of $S_A$ and $S_U$", None),
     ),
 }
 ARROWS: dict[Direction, str] = {"up": "↑", "down": "↓", "info": ""}

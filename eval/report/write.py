@@ -24,6 +24,7 @@ def write(
     selection: pd.DataFrame | None = None,
     trajectory: pd.DataFrame | None = None,
     gates: pd.DataFrame | None = None,
+    sweeps: pd.DataFrame | None = None,
 ) -> None:
     """Write ``summary.csv``, ``comparisons.csv``, ``table.md``, ``table.tex``, ``report.html`` and figures.
 
@@ -33,8 +34,9 @@ def write(
     setting a line, as tried on the dev split: row, setting, selected and the dev values (with ``family`` where
     there are several); ``trajectory`` has the scores of the checkpoints of the anchors' training: family, seed,
     step (0 is theta_IT), share of the last step, column, id, value; ``gates`` has one gate a line: its texts and
-    numbers, and whether it was ``met``. The folder is the caller's to stage: nothing is written if the scores are
-    refused (BadRequest, see ``stats.measure_all`` and ``comparisons.comparisons``).
+    numbers, and whether it was ``met``; ``sweeps`` (``sweeps.csv``) has one setting of a swept row a line:
+    row (as in the scores), sweep, field, value (NaN is null). The folder is the caller's to stage: nothing is written
+    if the scores are refused (BadRequest, see ``stats.measure_all`` and ``comparisons.comparisons``).
     """
     measured = stats.measure_all(scores)
     compared = comparisons.comparisons(measured, against)
@@ -46,9 +48,13 @@ def write(
         _csv(selection, folder / "selection.csv")
     if trajectory is not None:
         _csv(trajectory.loc[~trajectory["id"].str.startswith(BOOTSTRAP), _TRAJECTORY], folder / "trajectory.csv")
+    if sweeps is not None:
+        _csv(sweeps, folder / "sweeps.csv")
     (folder / "table.md").write_text(tables.markdown(summary, title, notes), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(summary, title, notes), encoding="utf-8")
-    drawn = figures.write(folder / "figures", measured, scores, notes=notes, selection=selection, trajectory=trajectory)
+    drawn = figures.write(
+        folder / "figures", measured, scores, notes=notes, selection=selection, trajectory=trajectory, sweeps=sweeps
+    )
     text = page.html(summary, compared, drawn, title=title, notes=notes, selection=selection, gates=gates)
     (folder / "report.html").write_text(text, encoding="utf-8")
 

@@ -28,6 +28,7 @@ class Geometry(Scorer):
     relative to the metric data, and the norm is that metric's.
     """
 
+    version = 2
     relative = True
     columns: ClassVar[Mapping[str, Direction]] = {
         "l_geo": "info", "l_geo_excess": "info", "fisher_length": "info", "drift_anchor": "down", "drift_base": "info",
@@ -74,7 +75,7 @@ class Geometry(Scorer):
 
     def _drift(self, ctx: MergeContext, merged: Checkpoint) -> dict[str, dict[int, float]]:
         from alignmerge.method import KroneckerBases
-        from alignmerge.subspace import Shield, energies
+        from alignmerge.subspace import Shield, energies, leading
 
         bases = KroneckerBases.of(ctx, ctx.models.base, "input", self.damping)
         drift: dict[str, dict[int, float]] = {"drift_anchor": defaultdict(float), "drift_base": defaultdict(float)}
@@ -82,7 +83,7 @@ class Geometry(Scorer):
             scored = merged.read(name)
             match = LAYER.search(name)
             layer = int(match[1]) if match else 0
-            shield = Shield(None, bases.read(name), self.rank)
+            shield = Shield(None, leading(bases.read(name), self.rank))
             drift["drift_anchor"][layer] += energies(shield, scored - ctx.models.anchor.read(name)).inside
             drift["drift_base"][layer] += energies(shield, scored - ctx.models.base.read(name)).inside
         return drift

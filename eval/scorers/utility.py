@@ -50,10 +50,11 @@ TASKS: Mapping[str, Task] = {
     "gsm8k": Task("gsm8k", "exact_match", ("answer",)),
     "mmlu": Task("mmlu", "acc", ("choices", "answer")),
     "factual": Task("factual", "acc", ("check", "args")),
+    "helpful": Task("helpfulness", "acc", ("check", "args")),
 }
 """By the name of the prompt set; lm-eval knows the task as ``alignmerge_<name>``."""
 USUAL = ("format", "arithmetic", "gsm8k", "mmlu")
-"""What a corpus of real prompts has; the tiny world has ``factual`` in place of the last two."""
+"""What a corpus of real prompts has; the tiny world has ``factual`` and ``helpful`` in place of the last two."""
 
 
 @dataclass(frozen=True, kw_only=True)

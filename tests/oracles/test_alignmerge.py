@@ -6,6 +6,7 @@ folders and examples; where they are compared with dense results their passes ru
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -396,6 +397,14 @@ class Context:
             merge(lambda block: average(block.pool, weights), self.models, folder)
             shutil.copyfile(self.models.base.folder / "config.json", folder / "config.json")
         return Checkpoint.open(folder, "average")
+
+    def merged(self, merger: Merger) -> Checkpoint:
+        folder = self.folder.with_name(f"{self.folder.name}-{hashlib.sha256(repr(merger).encode()).hexdigest()[:16]}")
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            merge(merger.fit(self), self.models, folder, elementwise=merger.elementwise)
+            shutil.copyfile(self.models.base.folder / "config.json", folder / "config.json")
+        return Checkpoint.open(folder, "a merge")
 
     def probes(self) -> Probes:
         assert self.selection is not None

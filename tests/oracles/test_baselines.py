@@ -83,6 +83,9 @@ class Context:
     def barycentre(self) -> Checkpoint:
         raise AssertionError("no baseline asks for it")
 
+    def merged(self, merger: Merger) -> Checkpoint:
+        raise AssertionError("no baseline asks for it")
+
     def record(self, **facts: Any) -> None:
         json.dumps(facts, allow_nan=False)
         self.facts |= facts
