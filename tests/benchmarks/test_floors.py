@@ -12,9 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from alignmerge.engine.checkpoint import Checkpoint, save_tensors
-from alignmerge.engine.examples import Example, batches
 from alignmerge.engine.merger import Merger, Models, merge
-from alignmerge.gradients import example_losses, squares
 from baselines.average import Average
 from baselines.task_arithmetic import TaskArithmetic
 
@@ -56,27 +54,3 @@ def test_merge_against_one_read_and_one_write(
     rule = merger.fit(None)  # type: ignore[arg-type]  # data-free: the context is not touched
     benchmark.pedantic(lambda: merge(rule, models, tmp_path), rounds=3, warmup_rounds=1)
     benchmark.extra_info["ratio to reading and writing the bytes"] = benchmark.stats.stats.min / _seconds(floor)
-
-
-def test_diagonal_fisher_against_one_backward_pass(benchmark: BenchmarkFixture) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    examples = [Example(tuple(range(1, 65)), 32) for _ in range(32)]
-
-    def backward() -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        for _, batch in batches(examples):
-            torch.autograd.backward(example_losses(model, batch).sum())
-        model.zero_grad()
-
-    backward()
-    benchmark.pedantic(lambda: squares(model, examples), rounds=3, warmup_rounds=1)
-    benchmark.extra_info["ratio to a plain batched backward pass"] = benchmark.stats.stats.min / min(
-        _seconds(backward) for _ in range(3)
-    )
