@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SKILLS = ("instruction_following", "reasoning")
 _FRONT: dict[str, Any] = {"color": "#555555", "lw": 1.1, "ls": "--", "zorder": 1.5, "label": "front of the methods"}
-_MARKERS = {"base": ("base", "s"), "pretrained": ("pretrained", "v"), "anchor": ("anchor", "D")}
+_MARKERS = {"base": ("base", "s"), "anchor": ("anchor", "D")}
 
 
 def skills(columns: Mapping[str, Measured]) -> list[str]:
@@ -48,13 +48,14 @@ def _mean_of(found: Sequence[Measured]) -> Measured:
 def front(columns: Mapping[str, Measured], caption: str, hidden: Collection[str] = ()) -> Figure | None:
     """Draw refusals against utility, with intervals and the Pareto front of the methods; colour is over-refusal.
 
-    ``hidden`` are rows that have a figure of their own.
+    ``hidden`` are rows that have a figure of their own; the pretrained model, which cannot chat, is not shown either.
     """
     x = utility(columns)
     if x is None or "refusal_rate" not in columns:
         return None
     y = columns["refusal_rate"]
-    shown = [i for i, row in enumerate(x.rows) if np.isfinite(x.mean[i] + y.mean[i]) and row not in hidden]
+    left_out = {*hidden, "pretrained"}
+    shown = [i for i, row in enumerate(x.rows) if np.isfinite(x.mean[i] + y.mean[i]) and row not in left_out]
     methods = [i for i in shown if is_method(x.rows[i])]
     if not methods:
         return None

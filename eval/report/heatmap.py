@@ -77,14 +77,16 @@ def _heat(axes: Axes, columns: Sequence[tuple[Column, Measured]], left: float) -
 
 
 def shades(measured: Measured) -> Floats:
-    """Return the [R, 3] colours of a column."""
+    """Return the [R, 3] colours of a column; the pretrained model, which cannot chat, does not stretch the scale."""
     colours = np.full((len(measured.rows), 3), 1.0)
     there = np.isfinite(measured.mean)
     if measured.direction == "info":
         colours[there] = 0.92
         return colours
     values = measured.mean[there] if measured.direction == "up" else -measured.mean[there]
-    span = np.ptp(values)
-    good = (values - values.min()) / span if span > 0 else np.full(len(values), 0.5)
+    compared = np.array([row != "pretrained" for row in measured.rows])[there]
+    scale = values[compared] if compared.any() else values
+    span = np.ptp(scale)
+    good = np.clip((values - scale.min()) / span, 0, 1) if span > 0 else np.full(len(values), 0.5)
     colours[there] = matplotlib.colormaps["YlGnBu"](0.03 + 0.8 * good)[:, :3]
     return colours
