@@ -46,14 +46,15 @@ def compose(config: DictConfig) -> None:
 
 def main() -> int:
     """Run and translate errors: one plain line for each fault."""
+    from eval.overrides import composition_faults, with_corpus
+
     CODES.clear()
+    sys.argv[1:] = with_corpus(sys.argv[1:])
     try:
         compose()
     except JobFailed as error:
         return int(error.args[0])
     except (HydraException, OmegaConfBaseException) as error:
-        from eval.overrides import composition_faults
-
         return refuse(composition_faults(error))
     return max(CODES, default=0)
 

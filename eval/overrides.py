@@ -1,4 +1,4 @@
-"""Which override Hydra cannot use, and what it should have been: its errors as plain lines."""
+"""What the command line leaves unsaid, and which override Hydra cannot use: its errors as plain lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -19,6 +20,17 @@ from alignmerge.engine.manifest import ROOT
 
 CONF = str(ROOT / "conf")
 NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'")
+
+
+def with_corpus(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments, and the corpus that the chosen families are made from where they choose none."""
+    chosen = {key: value for key, _, value in (one.partition("=") for one in arguments)}
+    if "family" not in chosen or not {"corpus", "experiment"}.isdisjoint(key.lstrip("+") for key in chosen):
+        return list(arguments)
+    files = choices(Path(CONF, "family"))
+    families = [yaml.safe_load(files[name].read_text()) for name in chosen["family"].split(",") if name in files]
+    corpora = {family.get("corpus") for family in families} - {None}
+    return [*arguments, *(f"corpus={corpus}" for corpus in corpora if len(corpora) == 1)]
 
 
 def composition_faults(first: Exception) -> list[Fault]:

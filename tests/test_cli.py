@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from alignmerge.engine.build import choices
 from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.manifest import ROOT
+from eval.overrides import with_corpus
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
@@ -265,6 +266,30 @@ def test_user_sees_one_line_and_exit_code_2(tmp_path: Path) -> None:
     result = launch("method=ties", "method.density=nan", "seed=0", PLAN, folder=tmp_path)
     assert result == Result(2, "", "error: method.density: nan; allowed: a number in (0, 1]\n")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world"),
+    [
+        (["family=tiny/llama3"], "alignmerge.zoo.world.World"),
+        (["family=smoke"], "alignmerge.zoo.toy.Toy"),
+        (["family=smollm2"], "alignmerge.zoo.corpus.Packaged"),
+        (["family=tiny/llama3", "corpus=toy"], "alignmerge.zoo.toy.Toy"),
+        (["family=tiny/llama3", "experiment=smoke"], "alignmerge.zoo.toy.Toy"),
+        ([], "alignmerge.zoo.corpus.Packaged"),
+    ],
+)
+def test_a_family_brings_the_corpus_that_it_is_made_from(overrides: list[str], world: str) -> None:
+    shown = call("--cfg", "job", *overrides)
+    assert yaml.safe_load(shown.out)["corpus"]["_target_"] == world
+
+
+def test_families_of_one_sweep_bring_their_corpus_if_it_is_one() -> None:
+    both = ["-m", "family=tiny/llama3,tiny/gemma2", "method=ties"]
+    assert with_corpus(both) == [*both, "corpus=world"]
+    unlike = ["-m", "family=tiny/llama3,smoke"]
+    assert with_corpus(unlike) == unlike
+    assert with_corpus(["family=tiny/nobody"]) == ["family=tiny/nobody"]
 
 
 def test_help_and_the_composed_config(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Family:
     """Replaces the template of a converted base (None: keep its own)."""
     recipes: Mapping[str, Any] = field(default_factory=dict)
     """How zoo models are made."""
+    corpus: str | None = None
+    """The file of conf/corpus that its models are made from, chosen with the family; None: the usual one."""
     alignment: str | None = None
     """JSONL of {prompt, response} for F_A; None: made from the corpus and the base's own benign answers."""
     metric: str | None = None
