@@ -480,9 +480,11 @@ class KroneckerBases:
             metric = None
             if chart == "fisher":
                 metric = kronecker_factors(model, ctx.examples("metric"), side, precision=PRECISION).moments
+            del model  # it and the moments are as large as the bases: nothing is held longer than it is needed
             tensors: dict[str, Tensor] = {}
-            for owner, moment in alignment.moments.items():
-                whole = torch.eye(len(moment)) if metric is None else metric[owner]
+            for owner in list(alignment.moments):
+                moment = alignment.moments.pop(owner)
+                whole = torch.eye(len(moment)) if metric is None else metric.pop(owner)
                 basis = generalised_basis(moment, whole, 0.0 if metric is None else damping)
                 tensors |= {f"{owner}|{field}": value for field, value in basis._asdict().items()}
             save_tensors(folder, tensors)

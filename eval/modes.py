@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from alignmerge.engine.assets import Assets
-from alignmerge.engine.build import build, choices, nearest
+from alignmerge.engine.build import TARGET, build, choices, nearest
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest, Fault
@@ -279,8 +279,13 @@ def _grid(config: Config) -> Grid:
     name = type(merger).__name__.lower()
     family = str(config["family"].get("name"))
     row = Row(method="method", fixed={})
+    usual = next(
+        (one for one in method_files(ROOT / "conf" / "method").values() if one[TARGET] == config["method"][TARGET]), {}
+    )
+    changed = [f"{key}={value}" for key, value in config["method"].items() if value != usual.get(key)]
+    label = "-".join(["cell", family, name, *changed]).replace("/", "-")  # a sweep leaves one folder a point
     title = f"One cell: {name} on {family}"
-    return Grid(name=f"cell-{family}-{name}", title=title, rows={name: row}, dev_scorers={})
+    return Grid(name=label, title=title, rows={name: row}, dev_scorers={})
 
 
 def _all(*makers: Callable[[], Any]) -> list[Any]:

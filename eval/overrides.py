@@ -19,18 +19,26 @@ from alignmerge.engine.faults import Fault
 from alignmerge.engine.manifest import ROOT
 
 CONF = str(ROOT / "conf")
+WORLD = ("scorer.judge.relevance=null", "scorer.utility.tasks=[format,arithmetic,factual,helpful]")
+"""How the tiny world is measured; ``conf/experiment/_tiny.yaml`` says the same."""
 NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'")
 
 
 def with_corpus(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, and the corpus that the chosen families are made from where they choose none."""
+    """Return the arguments, and the corpus that the chosen families are made from where they choose none.
+
+    With it come the settings of the usual scorers that its prompt sets ask for.
+    """
     chosen = {key: value for key, _, value in (one.partition("=") for one in arguments)}
     if "family" not in chosen or not {"corpus", "experiment"}.isdisjoint(key.lstrip("+") for key in chosen):
         return list(arguments)
     files = choices(Path(CONF, "family"))
     families = [yaml.safe_load(files[name].read_text()) for name in chosen["family"].split(",") if name in files]
     corpora = {family.get("corpus") for family in families} - {None}
-    return [*arguments, *(f"corpus={corpus}" for corpus in corpora if len(corpora) == 1)]
+    brought = [f"corpus={corpus}" for corpus in corpora if len(corpora) == 1]
+    if "corpus=world" in brought and "scorer" not in chosen:
+        brought += [one for one in WORLD if one.partition("=")[0] not in chosen]
+    return [*arguments, *brought]
 
 
 def composition_faults(first: Exception) -> list[Fault]:

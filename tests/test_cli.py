@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from alignmerge.engine.build import choices
 from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.manifest import ROOT
-from eval.overrides import with_corpus
+from eval.overrides import WORLD, with_corpus
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
@@ -280,13 +280,17 @@ def test_user_sees_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ],
 )
 def test_a_family_brings_the_corpus_that_it_is_made_from(overrides: list[str], world: str) -> None:
-    shown = call("--cfg", "job", *overrides)
-    assert yaml.safe_load(shown.out)["corpus"]["_target_"] == world
+    config = yaml.safe_load(call("--cfg", "job", *overrides).out)
+    assert config["corpus"]["_target_"] == world
+    if world.endswith("World"):  # measured as the experiment measures it
+        assert config["scorer"] == yaml.safe_load(call("--cfg", "job", "experiment=tiny").out)["scorer"]
 
 
 def test_families_of_one_sweep_bring_their_corpus_if_it_is_one() -> None:
     both = ["-m", "family=tiny/llama3,tiny/gemma2", "method=ties"]
-    assert with_corpus(both) == [*both, "corpus=world"]
+    assert with_corpus(both) == [*both, "corpus=world", *WORLD]
+    assert with_corpus([*both, "scorer=[aqi]"]) == [*both, "scorer=[aqi]", "corpus=world"]
+    assert with_corpus([*both, "scorer.judge.relevance=0"])[-2:] == ["corpus=world", WORLD[1]]
     unlike = ["-m", "family=tiny/llama3,smoke"]
     assert with_corpus(unlike) == unlike
     assert with_corpus(["family=tiny/nobody"]) == ["family=tiny/nobody"]
