@@ -22,7 +22,7 @@ from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Batch, Example, batches
 from alignmerge.engine.merger import Probes
 from alignmerge.engine.seeding import torch_stream
-from alignmerge.engine.views import LAYER
+from alignmerge.engine.views import layer_of
 from alignmerge.gradients import linear_layers
 from alignmerge.objective import hinge_multiplier, l_bud
 from alignmerge.subspace import Shield
@@ -362,6 +362,6 @@ def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
     """Group matrices by decoder layer; what belongs to none is a block of its own."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        match = LAYER.search(name)
-        blocks.setdefault(f"layer {match[1]}" if match else name, []).append(name)
+        layer = layer_of(name)
+        blocks.setdefault(name if layer is None else f"layer {layer}", []).append(name)
     return blocks

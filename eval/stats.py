@@ -41,7 +41,9 @@ UTILITY = ("instruction_following", "reasoning", "helpfulness")
 """The metrics that delta_utility averages (paper.md 2.6)."""
 EXPERT = "expert:"
 
-_IDENTITY = ("base", "pretrained", "anchor")
+PRETRAINED = "pretrained"
+"""The row that cannot chat: at the foot of every utility, it would only stretch the scales of figures."""
+_IDENTITY = ("base", PRETRAINED, "anchor")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LAYER = re.compile(r"\.layers\.(\d+)\.")
-"""Where the name of a view tells its decoder layer."""
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 VERSION = 1
 """Part of the key of all that is made from fused tensors: raise it when the views change."""
 FUSED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "phi3": {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
 }
 """Model type -> fused layer -> the layers in it, in the order of their rows."""
+
+
+def layer_of(name: str) -> int | None:
+    """Return the decoder layer that the name of a view tells; None: it belongs to none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def views_of(config: Mapping[str, Any], name: str, rows: int) -> dict[str, slice]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from eval.report.canvas import GREY, INK, RowStyles, plain, sheet
 from eval.report.labels import label_points
-from eval.stats import Measured, combined, is_method
+from eval.stats import PRETRAINED, Measured, combined, is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def front(columns: Mapping[str, Measured], caption: str, hidden: Collection[str]
     if x is None or "refusal_rate" not in columns:
         return None
     y = columns["refusal_rate"]
-    left_out = {*hidden, "pretrained"}
+    left_out = {*hidden, PRETRAINED}
     shown = [i for i, row in enumerate(x.rows) if np.isfinite(x.mean[i] + y.mean[i]) and row not in left_out]
     methods = [i for i in shown if is_method(x.rows[i])]
     if not methods:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from eval.report.canvas import INK, freeze, sheet
 from eval.report.tables import ARROWS, LAYOUT, Column, best_methods, number
-from eval.stats import Measured, is_method
+from eval.stats import PRETRAINED, Measured, is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def shades(measured: Measured) -> Floats:
         colours[there] = 0.92
         return colours
     values = measured.mean[there] if measured.direction == "up" else -measured.mean[there]
-    compared = np.array([row != "pretrained" for row in measured.rows])[there]
+    compared = np.array([row != PRETRAINED for row in measured.rows])[there]
     scale = values[compared] if compared.any() else values
     span = np.ptp(scale)
     good = np.clip((values - scale.min()) / span, 0, 1) if span > 0 else np.full(len(values), 0.5)

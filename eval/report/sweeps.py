@@ -12,7 +12,7 @@ from eval.report.canvas import GREY, INK, freeze, plain, sheet, sweep_styles
 from eval.report.fronts import identity_markers, skills, utility
 from eval.report.labels import label_points
 from eval.report.tables import ARROWS
-from eval.stats import Measured, is_method
+from eval.stats import PRETRAINED, Measured, is_method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,7 +127,7 @@ def sweep_fronts(columns: Mapping[str, Measured], sweeps: pd.DataFrame, caption:
     figure = sheet("Fronts of the swept rows", f"{caption}. {reading}{note}", size)
     axes = figure.subplots(ncols=len(heights), squeeze=False)[0]
     swept = {at for line in lines for at in line.at}
-    others = [i for i in range(len(x.rows)) if i not in swept and np.isfinite(x.mean[i])]
+    others = [i for i, row in enumerate(x.rows) if i not in swept and np.isfinite(x.mean[i]) and row != PRETRAINED]
     for panel, y in zip(axes, heights, strict=True):
         for line in lines:
             _front(panel, x, y, line, styles[line.sweep])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.merger import MergeContext, check_range
-from alignmerge.engine.views import LAYER
+from alignmerge.engine.views import layer_of
 from eval.scorer import Direction, Sample, Scorer, Subject
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ class Geometry(Scorer):
         drift: dict[str, dict[int, float]] = {"drift_anchor": defaultdict(float), "drift_base": defaultdict(float)}
         for name in sorted(bases.owners):
             scored = merged.read(name)
-            match = LAYER.search(name)
-            layer = int(match[1]) if match else 0
+            layer = layer_of(name) or 0
             shield = Shield(None, leading(bases.read(name), self.rank))
             drift["drift_anchor"][layer] += energies(shield, scored - ctx.models.anchor.read(name)).inside
             drift["drift_base"][layer] += energies(shield, scored - ctx.models.base.read(name)).inside

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.merger import MergeContext, check_range
-from alignmerge.engine.views import LAYER
+from alignmerge.engine.views import layer_of
 from eval.scorer import Direction, Sample, Scorer, Subject
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def _samples(column: str, parts: Iterable[tuple[str, _Part]]) -> Iterator[Sample
     """Divide sums over matrices, in all and by layer, by what is expected of chance."""
     by_layer: dict[int, list[_Part]] = defaultdict(list)
     for name, part in parts:
-        match = LAYER.search(name)
-        by_layer[int(match[1]) if match else 0].append(part)
+        by_layer[layer_of(name) or 0].append(part)
     everything = [part for layer in by_layer.values() for part in layer]
     if not sum(part.by_chance for part in everything) > 0:
         return
