@@ -24,6 +24,10 @@ from alignmerge.engine.views import views_of
 Labels = Literal["data", "sampled"]
 CACHED = 400_000
 """Numbers of per-example gradients that are formed at once when only their squares are kept (1.6 MB)."""
+TILE = 4_000_000
+"""The same where their products with each other are wanted (16 MB)."""
+SMALL = 50_000
+"""Numbers of one product below which a batch of them is faster."""
 
 
 class Visit(NamedTuple):
@@ -32,9 +36,9 @@ class Visit(NamedTuple):
     name: str
     """The name of the weight's view in the checkpoint."""
     inputs: Tensor
-    """(B, T, d_in) fp32; zero at padding."""
+    """(B, T, d_in) fp32."""
     grads: Tensor
-    """(B, T, d_out) fp32: gradient of each example's own loss; zero at padding."""
+    """(B, T, d_out) fp32: gradient of each example's own loss; zero at padding, which no loss depends on."""
     examples: Sequence[int]
     """(B,) which examples these are."""
     owner: str
@@ -42,13 +46,26 @@ class Visit(NamedTuple):
 
     def per_example(self) -> Tensor:
         """G_i for each example of the batch, (B, d_out, d_in) fp32."""
-        return torch.bmm(self.grads.transpose(1, 2), self.inputs)
+        return gradients(self.grads, self.inputs)
 
-    def squared_sum(self) -> Tensor:
-        """sum_i G_i^2 elementwise, (d_out, d_in) fp32, a few output rows at a time so that G_i stays in the cache."""
-        rows = max(1, CACHED // (len(self.inputs) * self.inputs.shape[2]))
-        cut = torch.split(self.grads, rows, dim=2)
-        return torch.cat([torch.bmm(part.transpose(1, 2), self.inputs).square_().sum(dim=0) for part in cut])
+    def add_squares(self, total: Tensor) -> None:
+        """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache."""
+        rows = max(1, CACHED // self.inputs.shape[2])
+        for grads, into in zip(torch.split(self.grads, rows, dim=2), torch.split(total, rows), strict=True):
+            count = max(1, CACHED // into.numel())
+            for some, inputs in zip(torch.split(grads, count), torch.split(self.inputs, count), strict=True):
+                for gradient in gradients(some, inputs):
+                    into.addcmul_(gradient, gradient)
+
+
+def gradients(grads: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+    """G_i = g_i^T a_i, (B, d_out, d_in); one after another where a product is large: bmm is slower than mm there."""
+    found = torch.empty(len(grads), grads.shape[2], inputs.shape[2]) if out is None else out
+    if found[0].numel() < SMALL:
+        return torch.bmm(grads.transpose(1, 2), inputs, out=found)
+    for g, a, into in zip(grads, inputs, found, strict=True):
+        torch.mm(g.T, a, out=into)
+    return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -104,12 +121,39 @@ def visit_gradients(
     losses = torch.zeros(len(examples))
     layers = _layers(model)
     for indices, batch in batches(examples):
-        with _capture(model, layers, batch, indices, visitor):
+        with _capture(model, layers, indices, visitor):
             loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
             scaled = loss if weights is None else loss * weights[indices]
             torch.autograd.backward(scaled.sum())
         losses[indices] = loss.detach()
     return losses
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: Any,
+    examples: Sequence[Example],
+    visitor: Callable[[str, str, Tensor], None],
+    *,
+    precision: str = "float32",
+) -> None:
+    """Call ``visitor`` with name, owner and inputs (B, T, d_in) of every matrix and batch; forward passes alone."""
+    layers = _layers(model)
+
+    def forward_hook(layer: _Layer, owners: _Owners, batch: Batch) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            owner = owners.of(args[0], next(iter(layer.views)))
+            inputs = torch.where(batch.mask.unsqueeze(-1), args[0].float(), 0.0)
+            for name in layer.views:
+                visitor(name, owner, inputs)
+
+        return hook
+
+    for _, batch in batches(examples):
+        owners = _Owners()
+        hooks = [(layer.module, forward_hook(layer, owners, batch)) for layer in layers]
+        with _hooked(hooks), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=1, use_cache=False)
 
 
 def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +201,7 @@ def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str
     total = {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
 
     def add(visit: Visit) -> None:
-        total[visit.name] += visit.squared_sum()
+        visit.add_squares(total[visit.name])
 
     visit_gradients(model, examples, add, **options)
     return {name: value / len(examples) for name, value in total.items()}
@@ -202,16 +246,17 @@ def kronecker_factors(
     owners: dict[str, str] = {}
     tokens = sum(len(example.ids) for example in examples)
 
-    def add(visit: Visit) -> None:
-        owner = visit.owner if side == "input" else visit.name
-        owners[visit.name] = owner
-        if owner == visit.name:
-            rows = (visit.inputs if side == "input" else visit.grads).flatten(0, 1)
-            moment = moments.setdefault(owner, torch.zeros(rows.shape[1], rows.shape[1]))
-            moment.addmm_(rows.T, rows)
+    def add(name: str, owner: str, vectors: Tensor) -> None:
+        owners[name] = owner
+        if owner == name:
+            rows = vectors.flatten(0, 1)
+            moments.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1])).addmm_(rows.T, rows)
 
-    visit_gradients(model, examples, add, **options)
-    return Factors({name: moment / tokens for name, moment in moments.items()}, owners)
+    if side == "input":
+        visit_inputs(model, examples, add, precision=options.get("precision", "float32"))
+    else:
+        visit_gradients(model, examples, lambda visit: add(visit.name, visit.name, visit.grads), **options)
+    return Factors({name: moment.div_(tokens) for name, moment in moments.items()}, owners)
 
 
 class Gram(NamedTuple):
@@ -238,61 +283,103 @@ def gram(
         direction: weight name -> the part of x in that layer, (d_out, d_in).
         storage: dtype in which activations and gradients are kept between capture and use.
     """
-    kept: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in linear_weights(model)}
+    inputs: dict[str, dict[int, Tensor]] = {}  # owner -> batch (its first example) -> (B, T, d_in)
+    grads: dict[str, dict[int, Tensor]] = {}  # name -> batch -> (B, T, d_out)
+    owners: dict[str, str] = {}
+    order: dict[int, Sequence[int]] = {}
 
     def keep(visit: Visit) -> None:
-        for row, example in enumerate(visit.examples):
-            length = len(examples[example].ids)
-            a, g = visit.inputs[row, :length].to(storage), visit.grads[row, :length].to(storage)
-            kept[visit.name].append((example, a, g))
+        batch = visit.examples[0]
+        owners[visit.name], order[batch] = visit.owner, visit.examples
+        seen = inputs.setdefault(visit.owner, {})
+        if batch not in seen:
+            seen[batch] = visit.inputs.to(storage)
+        grads.setdefault(visit.name, {})[batch] = visit.grads.to(storage)
 
     visit_gradients(model, examples, keep, **options)
     n = len(examples)
-    kernel, along = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    for name in list(kept):
-        layer = sorted(kept.pop(name), key=lambda item: item[0])
-        jacobian = torch.stack([(g.float().T @ a.float()).flatten() for _, a, g in layer])
-        along += (jacobian @ direction(name).flatten()).double()
-        jacobian *= inverse_metric(name).flatten().sqrt()
-        kernel += (jacobian @ jacobian.T).double()
-    return Gram(kernel, along)
+    total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    for name in sorted(grads):
+        pairs = [(inputs[owners[name]][batch].float(), grad.float()) for batch, grad in grads.pop(name).items()]
+        if owners[name] not in {owners[other] for other in grads}:
+            del inputs[owners[name]]
+        root = inverse_metric(name).sqrt()
+        total += _kernel(pairs, root.expand_as(direction(name)), direction(name) / root)
+    place = torch.tensor([*(i for batch in order.values() for i in batch), n]).argsort()
+    total = total[place][:, place]
+    return Gram(total[:n, :n].contiguous(), total[:n, n].contiguous())
+
+
+def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> Tensor:
+    """Z Z^T (n + 1, n + 1) float64 of one matrix: n rows of Z are G_i * root, the last one is y, (d_out, d_in)."""
+    n, (height, width) = sum(len(inputs) for inputs, _ in pairs), y.shape
+    total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    rows = max(1, TILE // ((n + 1) * width))
+    for first in range(0, height, rows):
+        cut = slice(first, min(first + rows, height))
+        z = torch.empty(n + 1, cut.stop - cut.start, width)
+        z[n] = y[cut]
+        done = 0
+        for inputs, grads in pairs:
+            some = z[done : done + len(inputs)]
+            gradients(grads[..., cut], inputs, out=some).mul_(root[cut])
+            done += len(inputs)
+        total += z.flatten(1) @ z.flatten(1).T
+    return total
+
+
+class _Owners:
+    """Tells which matrices of one batch were fed the same tensor."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._alive: list[Tensor] = []  # while they live, no other tensor can take their ids
+
+    def of(self, inputs: Tensor, name: str) -> str:
+        """Return the first matrix that was fed this very tensor: ``name``, unless there was one before."""
+        self._alive.append(inputs)
+        return self._names.setdefault(id(inputs), name)
+
+
+@contextmanager
+def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def _capture(
     model: Any,
     layers: Sequence[_Layer],
-    batch: Batch,
     indices: Sequence[int],
     visitor: Callable[[Visit], None],
 ) -> Iterator[None]:
-    owners: dict[int, str] = {}
-    alive: list[Tensor] = []  # while they live, no other tensor can take their ids
+    owners = _Owners()
+    last: dict[str, Tensor] = {}  # inputs of the last owner seen: matrices that share them come one after another
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
     def forward_hook(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            owner = owners.setdefault(id(args[0]), next(iter(layer.views)))
-            alive.append(args[0])
-            seen = args[0].detach()
+            owner, seen = owners.of(args[0], next(iter(layer.views))), args[0].detach()
             output.register_hook(lambda grad: visit(layer, seen, owner, grad))  # type: ignore[no-untyped-call]
 
         return hook
 
     def visit(layer: _Layer, seen: Tensor, owner: str, grad: Tensor) -> None:
-        mask = batch.mask.unsqueeze(-1)
-        inputs = torch.where(mask, seen.float(), 0.0)
+        if owner not in last:
+            last.clear()
+            last[owner] = seen.float()
         for name, rows in layer.views.items():
-            visitor(Visit(name, inputs, torch.where(mask, grad[..., rows].float(), 0.0), indices, owner))
+            visitor(Visit(name, last[owner], grad[..., rows].float(), indices, owner))
 
     def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output.requires_grad_(True)
 
-    handles = [layer.module.register_forward_hook(forward_hook(layer)) for layer in layers]
-    handles.append(model.get_input_embeddings().register_forward_hook(start))
-    try:
+    hooks = [(layer.module, forward_hook(layer)) for layer in layers]
+    with _hooked([*hooks, (model.get_input_embeddings(), start)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
