@@ -204,7 +204,7 @@ def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str
         visit.add_squares(total[visit.name])
 
     visit_gradients(model, examples, add, **options)
-    return {name: value / len(examples) for name, value in total.items()}
+    return {name: value.div_(len(examples)) for name, value in total.items()}
 
 
 def weighted_sum(
