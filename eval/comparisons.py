@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from eval.scorer import Direction
 
 SIGN_FLIPS = 4999
+ROUNDING = 1e-9
+"""Differences that vary by less than this share of their mean do not vary."""
 MARGIN = 0.05
 """A row matches the best expert when it is shown to lose less than this, in the units of the column."""
 BOUNDED_UTILITY = (*UTILITY, "gsm8k", "mmlu")
@@ -266,10 +268,21 @@ def _signs(n: int) -> NDArray[np.int8]:
 
 
 def replicate_p(differences: Floats) -> Floats:
-    """Return the [R] two-sided p of [R, B] bootstrap differences: twice the smaller tail at 0."""
+    """Return the [R] two-sided p of [R, B] bootstrap differences: twice the smaller tail at 0.
+
+    Where no difference reaches 0 that says only p < 2 / B, which no correction for a table of comparisons survives:
+    there the normal tail goes on, with the mean and deviation of the differences.
+    """
+    from scipy.special import ndtr
+
     scored = (~np.isnan(differences)).sum(axis=1)
     tails = np.minimum((differences <= 0).sum(axis=1), (differences >= 0).sum(axis=1))
     p = np.minimum(2 * (tails + 1) / (scored + 1), 1.0)
+    for row in np.flatnonzero((tails == 0) & (scored > 1)):
+        beyond = differences[row][~np.isnan(differences[row])]
+        centre, deviation = abs(beyond.mean()), beyond.std(ddof=1)
+        if deviation > ROUNDING * centre:
+            p[row] = min(p[row], 2 * ndtr(-centre / deviation))
     return np.where(scored > 0, p, np.nan)
 
 

@@ -196,7 +196,8 @@ def test_recipes_are_built_and_their_fields_checked(nodes: dict[tuple[str, str],
 
 
 EXPERIMENTS = [name for name in choices(CONF / "experiment") if not name.rpartition("/")[2].startswith("_")]
-SPLIT = ("ablation", "matched", "lambda_sweep", "rank_sweep", "budget_sweep")
+SWEEPS = ("lambda_sweep", "rank_sweep", "budget_sweep")
+SPLIT = ("ablation", "matched", *SWEEPS)
 """Experiments that there are for two tiers, with rows of their own in a shared file."""
 
 
@@ -250,8 +251,8 @@ def test_experiments_of_a_tier_have_its_models_scorers_and_gates(name: str) -> N
             assert ours[key] == main[key], (tier, key)
         more = {"subspaces"} if name == "ablation" else set()
         assert {key: value for key, value in ours["scorer"].items() if key not in more} == main["scorer"], tier
-        seeds = 2 if (name, tier) == ("matched", "smollm2") else main["grid"].get("seeds")  # two anchors
-        assert ours["grid"].get("seeds") == seeds
+        seeds = {("matched", "smollm2"): 2} | {(sweep, "tiny"): 1 for sweep in SWEEPS}  # two anchors; a trend
+        assert ours["grid"].get("seeds") == seeds.get((name, tier), main["grid"].get("seeds"))
         for key in ("families", "gates", "dev_scorers", "matched_refusal"):
             assert ours["grid"].get(key) == main["grid"].get(key), (tier, key)
         assert ours["grid"]["rows"]["average"] == main["grid"]["rows"]["average"]
