@@ -36,7 +36,7 @@ class Visit(NamedTuple):
     name: str
     """The name of the weight's view in the checkpoint."""
     inputs: Tensor
-    """(B, T, d_in) fp32."""
+    """(B, T, d_in) fp32; zero at padding."""
     grads: Tensor
     """(B, T, d_out) fp32: gradient of each example's own loss; zero at padding, which no loss depends on."""
     examples: Sequence[int]
@@ -121,7 +121,7 @@ def visit_gradients(
     losses = torch.zeros(len(examples))
     layers = _layers(model)
     for indices, batch in batches(examples):
-        with _capture(model, layers, indices, visitor):
+        with _capture(model, layers, batch, indices, visitor):
             loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
             scaled = loss if weights is None else loss * weights[indices]
             torch.autograd.backward(scaled.sum())
@@ -143,7 +143,7 @@ def visit_inputs(
     def forward_hook(layer: _Layer, owners: _Owners, batch: Batch) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             owner = owners.of(args[0], next(iter(layer.views)))
-            inputs = torch.where(batch.mask.unsqueeze(-1), args[0].float(), 0.0)
+            inputs = _unpadded(args[0], batch)
             for name in layer.views:
                 visitor(name, owner, inputs)
 
@@ -152,8 +152,8 @@ def visit_inputs(
     for _, batch in batches(examples):
         owners = _Owners()
         hooks = [(layer.module, forward_hook(layer, owners, batch)) for layer in layers]
-        with _hooked(hooks), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            model(input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=1, use_cache=False)
+        with _hooked(hooks):
+            _logits(model, batch, 1, precision)
 
 
 def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +161,18 @@ def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, T
 
     The output matrix runs on the last ``batch.keep`` positions only: it is a fifth of a small model.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), logits_to_keep=batch.keep, use_cache=False
-        ).logits
+    logits = _logits(model, batch, batch.keep, precision)
     targets = batch.targets[:, -batch.keep :]
     chosen = targets >= 0
     return logits[chosen].float(), targets[chosen], chosen.nonzero()[:, 0]
+
+
+def _logits(model: Any, batch: Batch, keep: int, precision: str) -> Tensor:
+    """(B, keep, V): the logits of the last ``keep`` positions."""
+    mask = batch.mask.long()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        logits: Tensor = model(input_ids=batch.ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+    return logits
 
 
 def example_losses(
@@ -299,12 +304,12 @@ def gram(
     visit_gradients(model, examples, keep, **options)
     n = len(examples)
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    for name in sorted(grads):
-        pairs = [(inputs[owners[name]][batch].float(), grad.float()) for batch, grad in grads.pop(name).items()]
-        if owners[name] not in {owners[other] for other in grads}:
-            del inputs[owners[name]]
-        root = inverse_metric(name).sqrt()
-        total += _kernel(pairs, root.expand_as(direction(name)), direction(name) / root)
+    for owner in sorted(inputs):
+        seen = {batch: kept.float() for batch, kept in inputs.pop(owner).items()}
+        for name in sorted(name for name, shared in owners.items() if shared == owner):
+            x, root = direction(name), inverse_metric(name).sqrt()
+            pairs = [(seen[batch], grad.float()) for batch, grad in grads.pop(name).items()]
+            total += _kernel(pairs, root.expand_as(x), x / root)
     place = torch.tensor([*(i for batch in order.values() for i in batch), n]).argsort()
     total = total[place][:, place]
     return Gram(total[:n, :n].contiguous(), total[:n, n].contiguous())
@@ -332,13 +337,16 @@ class _Owners:
     """Tells which matrices of one batch were fed the same tensor."""
 
     def __init__(self) -> None:
-        self._names: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # while they live, no other tensor can take their ids
+        self._seen: dict[int, tuple[Tensor, str]] = {}  # while a tensor lives, no other can take its id
 
     def of(self, inputs: Tensor, name: str) -> str:
         """Return the first matrix that was fed this very tensor: ``name``, unless there was one before."""
-        self._alive.append(inputs)
-        return self._names.setdefault(id(inputs), name)
+        return self._seen.setdefault(id(inputs), (inputs, name))[1]
+
+
+def _unpadded(inputs: Tensor, batch: Batch) -> Tensor:
+    """(B, T, d) in fp32, zero at padding."""
+    return torch.where(batch.mask.unsqueeze(-1), inputs.float(), 0.0)
 
 
 @contextmanager
@@ -355,6 +363,7 @@ def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[N
 def _capture(
     model: Any,
     layers: Sequence[_Layer],
+    batch: Batch,
     indices: Sequence[int],
     visitor: Callable[[Visit], None],
 ) -> Iterator[None]:
@@ -373,7 +382,7 @@ def _capture(
     def visit(layer: _Layer, seen: Tensor, owner: str, grad: Tensor) -> None:
         if owner not in last:
             last.clear()
-            last[owner] = seen.float()
+            last[owner] = _unpadded(seen, batch)
         for name, rows in layer.views.items():
             visitor(Visit(name, last[owner], grad[..., rows].float(), indices, owner))
 

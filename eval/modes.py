@@ -248,7 +248,7 @@ def _scorers(config: Config) -> list[Scorer]:
 def experiment_of(config: Config) -> Experiment:
     """Build the grid that the config names, or a grid of one row for a single cell; faults come all at once."""
     methods = method_files(ROOT / "conf" / "method")
-    zoo, scorers, grid = _all(lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config))
+    zoo, scorers, grid = _all(lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config, methods))
     if config["grid"] is None:
         methods = {"method": config["method"]}
     families = _families(grid.families) if grid.families else [zoo.family]
@@ -271,7 +271,7 @@ def _families(names: Sequence[str]) -> list[Family]:
     return _all(*[lambda name=name: one(name) for name in names])
 
 
-def _grid(config: Config) -> Grid:
+def _grid(config: Config, methods: Mapping[str, Config]) -> Grid:
     if config["grid"] is not None:
         grid: Grid = build(config["grid"], "grid", Grid)
         return grid
@@ -279,9 +279,7 @@ def _grid(config: Config) -> Grid:
     name = type(merger).__name__.lower()
     family = str(config["family"].get("name"))
     row = Row(method="method", fixed={})
-    usual = next(
-        (one for one in method_files(ROOT / "conf" / "method").values() if one[TARGET] == config["method"][TARGET]), {}
-    )
+    usual = next((one for one in methods.values() if one[TARGET] == config["method"][TARGET]), {})
     changed = [f"{key}={value}" for key, value in config["method"].items() if value != usual.get(key)]
     label = "-".join(["cell", family, name, *changed]).replace("/", "-")  # a sweep leaves one folder a point
     title = f"One cell: {name} on {family}"

@@ -77,16 +77,21 @@ class Workers:
 
 
 def work(function: Callable[..., None], *arguments: Any) -> None:
-    """Do one task in a worker and give the memory that it freed back to the system.
-
-    The C allocator would keep it in holes between what is still in use: 4 of a worker's 8 GB after some thirty merges.
-    """
+    """Do one task in a worker and give the memory that it freed back to the system."""
     try:
         function(*arguments)
     finally:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
-        if trim is not None:
-            trim(0)
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system.
+
+    The C allocator would keep it in holes between what is still in use: 4 of a worker's 8 GB after some thirty merges.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
+    if trim is not None:
+        trim(0)
 
 
 def start_worker(progress: Any) -> None:

@@ -458,9 +458,9 @@ def test_sampled_sign_flips_are_those_of_scipy() -> None:
 
 
 def test_replicate_p_by_hand() -> None:
-    differences = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0], [NAN] * 4])
     from scipy.stats import norm
 
+    differences = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0], [NAN] * 4])
     beyond = 2 * norm.sf(2.5 / np.sqrt(5 / 3))  # none at 0: the normal tail, below 2 / 5
     np.testing.assert_allclose(comparisons.replicate_p(differences), [beyond, 2 * 2 / 5, 1, NAN])
 

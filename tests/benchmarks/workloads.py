@@ -6,17 +6,19 @@ peak memory above the loaded model, in MB.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from alignmerge.engine.examples import Example, batches, collate
 from alignmerge.gradients import example_losses, gram, kronecker_factors, linear_layers, linear_weights, squares
+from eval.workers import give_memory_back
 
 
 class Size(NamedTuple):
@@ -66,44 +68,39 @@ def random_model(size: Size) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def backward(model: Any, examples: Sequence[Example], precision: str) -> None:
-    """The floor: one pass in the same batches, with the summed gradient of the decoder's linear weights alone.
-
-    A training step without optimiser, in other words; embeddings, norms and the head have no gradient.
-    """
-    weights = [layer.weight for layer in linear_layers(model).values()]
+@contextmanager
+def trained(model: Any) -> Iterator[list[Tensor]]:
+    """Give the decoder's linear weights, which have gradients meanwhile; embeddings, norms and the head have none."""
+    weights: list[Tensor] = [layer.weight for layer in linear_layers(model).values()]
     for weight in weights:
         weight.requires_grad_(True)
-    for _, batch in batches(examples):
-        torch.autograd.backward(example_losses(model, batch, precision=precision).sum())
+    yield weights
     for weight in weights:
         weight.grad = None
         weight.requires_grad_(False)
+
+
+def backward(model: Any, examples: Sequence[Example], precision: str) -> None:
+    """The floor: one pass in the same batches, with summed gradients: a training step without optimiser."""
+    with trained(model):
+        for _, batch in batches(examples):
+            torch.autograd.backward(example_losses(model, batch, precision=precision).sum())
 
 
 def backward_at_once(model: Any, examples: Sequence[Example], precision: str) -> None:
     """The same with all examples in one batch: the training step that sees every example's activations at once."""
-    weights = [layer.weight for layer in linear_layers(model).values()]
-    for weight in weights:
-        weight.requires_grad_(True)
-    torch.autograd.backward(example_losses(model, collate(examples), precision=precision).sum())
-    for weight in weights:
-        weight.grad = None
-        weight.requires_grad_(False)
+    with trained(model):
+        torch.autograd.backward(example_losses(model, collate(examples), precision=precision).sum())
 
 
 def squares_by_loop(model: Any, examples: Sequence[Example], precision: str) -> None:
     """The diagonal Fisher as it is defined: one backward pass for each example."""
-    weights = [layer.weight for layer in linear_layers(model).values()]
-    total = [torch.zeros_like(weight) for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    for example in examples:
-        found = torch.autograd.grad(example_losses(model, collate([example]), precision=precision).sum(), weights)
-        for into, gradient in zip(total, found, strict=True):
-            into.addcmul_(gradient, gradient)
-    for weight in weights:
-        weight.requires_grad_(False)
+    with trained(model) as weights:
+        total = [torch.zeros_like(weight) for weight in weights]
+        for example in examples:
+            loss = example_losses(model, collate([example]), precision=precision).sum()
+            for into, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+                into.addcmul_(gradient, gradient)
 
 
 def fisher(model: Any, examples: Sequence[Example], precision: str) -> None:
@@ -135,7 +132,7 @@ def memory(field: str) -> int:
 def reset_peak() -> int:
     """Give free memory back, start ``VmHWM`` anew and return what is in use."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 

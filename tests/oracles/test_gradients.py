@@ -191,6 +191,7 @@ def test_hooks_against_autograd(case: Callable[..., Case], arch: str) -> None:
         assert visit.inputs.dtype == visit.grads.dtype == torch.float32
         for row, (example, gradient) in enumerate(zip(visit.examples, visit.per_example(), strict=True)):
             length = len(examples[example].ids)
+            assert not visit.inputs[row, length:].any()
             assert not visit.grads[row, length:].any()
             assert visit.name not in found[example]
             found[example][visit.name] = gradient
