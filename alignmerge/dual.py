@@ -44,7 +44,7 @@ class ExampleRows:
 
         def add(visit: Visit) -> None:
             for column, x in directions(visit.name).items():
-                products = (visit.grads * (visit.inputs @ x.T)).sum((1, 2), dtype=torch.float64)
+                products = (visit.grads * (visit.inputs.float() @ x.T)).sum((1, 2), dtype=torch.float64)
                 found[visit.examples, column] += products
 
         visit_gradients(self._load(), self._examples, add, precision=self._precision)

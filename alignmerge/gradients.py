@@ -22,12 +22,14 @@ from alignmerge.engine.examples import Batch, Example, batches
 from alignmerge.engine.views import views_of
 
 Labels = Literal["data", "sampled"]
-CACHED = 400_000
-"""Numbers of per-example gradients that are formed at once when only their squares are kept (1.6 MB)."""
+VERSION = 2
+"""Raised when a statistic's numbers change, be it by rounding: part of the keys of whatever rests on one."""
+PIECE = 200_000
+"""Numbers of one example's gradient that are formed at once when only their squares are kept."""
 TILE = 4_000_000
-"""The same where their products with each other are wanted (16 MB)."""
+"""Numbers of many examples' gradients that are formed at once."""
 SMALL = 50_000
-"""Numbers of one product below which a batch of them is faster."""
+"""Numbers of one fp32 product below which a batch of them is faster."""
 
 
 class Visit(NamedTuple):
@@ -36,32 +38,36 @@ class Visit(NamedTuple):
     name: str
     """The name of the weight's view in the checkpoint."""
     inputs: Tensor
-    """(B, T, d_in) fp32; zero at padding."""
+    """(B, T, d_in) in the dtype of the passes (under autocast bf16); zero at padding."""
     grads: Tensor
-    """(B, T, d_out) fp32: gradient of each example's own loss; zero at padding, which no loss depends on."""
+    """(B, T, d_out) likewise: gradient of each example's own loss; zero at padding, which no loss depends on."""
     examples: Sequence[int]
     """(B,) which examples these are."""
     owner: str
     """The first matrix that was fed this very input (q, k and v share one, gate and up another)."""
 
     def per_example(self) -> Tensor:
-        """G_i for each example of the batch, (B, d_out, d_in) fp32."""
+        """G_i for each example of the batch, (B, d_out, d_in)."""
         return gradients(self.grads, self.inputs)
 
     def add_squares(self, total: Tensor) -> None:
         """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache."""
-        rows = max(1, CACHED // self.inputs.shape[2])
+        rows = max(1, PIECE // self.inputs.shape[2])
         for grads, into in zip(torch.split(self.grads, rows, dim=2), torch.split(total, rows), strict=True):
-            count = max(1, CACHED // into.numel())
+            count = max(1, TILE // into.numel())
             for some, inputs in zip(torch.split(grads, count), torch.split(self.inputs, count), strict=True):
-                for gradient in gradients(some, inputs):
+                for gradient in map(Tensor.float, gradients(some, inputs)):
                     into.addcmul_(gradient, gradient)
 
 
 def gradients(grads: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """G_i = g_i^T a_i, (B, d_out, d_in); one after another where a product is large: bmm is slower than mm there."""
-    found = torch.empty(len(grads), grads.shape[2], inputs.shape[2]) if out is None else out
-    if found[0].numel() < SMALL:
+    """G_i = g_i^T a_i, (B, d_out, d_in) in the dtype of both; bf16 rounds each as autocast's own backward pass does.
+
+    Where an fp32 product is large they are formed one after another: bmm is slower than mm there.
+    """
+    shape = (len(grads), grads.shape[2], inputs.shape[2])
+    found = torch.empty(shape, dtype=inputs.dtype) if out is None else out
+    if found.dtype == torch.bfloat16 or found[0].numel() < SMALL:
         return torch.bmm(grads.transpose(1, 2), inputs, out=found)
     for g, a, into in zip(grads, inputs, found, strict=True):
         torch.mm(g.T, a, out=into)
@@ -115,13 +121,13 @@ def visit_gradients(
         visitor: is handed one matrix of one batch at a time; what it keeps is what costs memory.
         labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from the
             model's own distribution (``sampled``: the Fisher information), which needs ``generator``.
-        precision: ``bfloat16`` runs the passes under autocast; what visitors get is fp32 either way.
+        precision: ``bfloat16`` runs the passes under autocast, whose products see what visitors get: bf16.
         weights: (n,) factors on the losses (for J^T c); all 1 by default.
     """
     losses = torch.zeros(len(examples))
     layers = _layers(model)
     for indices, batch in batches(examples):
-        with _capture(model, layers, batch, indices, visitor):
+        with _capture(model, layers, batch, indices, visitor, getattr(torch, precision)):
             loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
             scaled = loss if weights is None else loss * weights[indices]
             torch.autograd.backward(scaled.sum())
@@ -143,7 +149,7 @@ def visit_inputs(
     def forward_hook(layer: _Layer, owners: _Owners, batch: Batch) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             owner = owners.of(args[0], next(iter(layer.views)))
-            inputs = _unpadded(args[0], batch)
+            inputs = _unpadded(args[0], batch, torch.float32)
             for name in layer.views:
                 visitor(name, owner, inputs)
 
@@ -222,7 +228,7 @@ def weighted_sum(
     total = {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
 
     def add(visit: Visit) -> None:
-        total[visit.name] += visit.grads.flatten(0, 1).T @ visit.inputs.flatten(0, 1)
+        total[visit.name].addmm_(visit.grads.flatten(0, 1).float().T, visit.inputs.flatten(0, 1).float())
 
     visit_gradients(model, examples, add, weights=weights, **options)
     return total
@@ -260,7 +266,7 @@ def kronecker_factors(
     if side == "input":
         visit_inputs(model, examples, add, precision=options.get("precision", "float32"))
     else:
-        visit_gradients(model, examples, lambda visit: add(visit.name, visit.name, visit.grads), **options)
+        visit_gradients(model, examples, lambda visit: add(visit.name, visit.name, visit.grads.float()), **options)
     return Factors({name: moment.div_(tokens) for name, moment in moments.items()}, owners)
 
 
@@ -278,7 +284,6 @@ def gram(
     examples: Sequence[Example],
     inverse_metric: Callable[[str], Tensor],
     direction: Callable[[str], Tensor],
-    storage: torch.dtype = torch.float32,
     **options: Any,
 ) -> Gram:
     """Accumulate K and J x layer by layer from captured activations and output gradients.
@@ -286,7 +291,6 @@ def gram(
     Args:
         inverse_metric: weight name -> diagonal of G^-1, (d_out, d_in).
         direction: weight name -> the part of x in that layer, (d_out, d_in).
-        storage: dtype in which activations and gradients are kept between capture and use.
     """
     inputs: dict[str, dict[int, Tensor]] = {}  # owner -> batch (its first example) -> (B, T, d_in)
     grads: dict[str, dict[int, Tensor]] = {}  # name -> batch -> (B, T, d_out)
@@ -298,17 +302,17 @@ def gram(
         owners[visit.name], order[batch] = visit.owner, visit.examples
         seen = inputs.setdefault(visit.owner, {})
         if batch not in seen:
-            seen[batch] = visit.inputs.to(storage)
-        grads.setdefault(visit.name, {})[batch] = visit.grads.to(storage)
+            seen[batch] = visit.inputs
+        grads.setdefault(visit.name, {})[batch] = visit.grads
 
     visit_gradients(model, examples, keep, **options)
     n = len(examples)
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     for owner in sorted(inputs):
-        seen = {batch: kept.float() for batch, kept in inputs.pop(owner).items()}
+        seen = inputs.pop(owner)
         for name in sorted(name for name, shared in owners.items() if shared == owner):
             x, root = direction(name), inverse_metric(name).sqrt()
-            pairs = [(seen[batch], grad.float()) for batch, grad in grads.pop(name).items()]
+            pairs = [(seen[batch], grad) for batch, grad in grads.pop(name).items()]
             total += _kernel(pairs, root.expand_as(x), x / root)
     place = torch.tensor([*(i for batch in order.values() for i in batch), n]).argsort()
     total = total[place][:, place]
@@ -318,6 +322,7 @@ def gram(
 def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> Tensor:
     """Z Z^T (n + 1, n + 1) float64 of one matrix: n rows of Z are G_i * root, the last one is y, (d_out, d_in)."""
     n, (height, width) = sum(len(inputs) for inputs, _ in pairs), y.shape
+    rounded = pairs[0][0].dtype == torch.bfloat16
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     rows = max(1, TILE // ((n + 1) * width))
     for first in range(0, height, rows):
@@ -326,11 +331,22 @@ def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> 
         z[n] = y[cut]
         done = 0
         for inputs, grads in pairs:
-            some = z[done : done + len(inputs)]
-            gradients(grads[..., cut], inputs, out=some).mul_(root[cut])
+            torch.mul(gradients(grads[..., cut], inputs), root[cut], out=z[done : done + len(inputs)])
             done += len(inputs)
-        total += z.flatten(1) @ z.flatten(1).T
+        with _bf16_products(rounded):
+            total += z.flatten(1) @ z.flatten(1).T
     return total
+
+
+@contextmanager
+def _bf16_products(wanted: bool) -> Iterator[None]:
+    """Let fp32 products round what they multiply to bf16, and sum in fp32."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 class _Owners:
@@ -344,9 +360,9 @@ class _Owners:
         return self._seen.setdefault(id(inputs), (inputs, name))[1]
 
 
-def _unpadded(inputs: Tensor, batch: Batch) -> Tensor:
-    """(B, T, d) in fp32, zero at padding."""
-    return torch.where(batch.mask.unsqueeze(-1), inputs.float(), 0.0)
+def _unpadded(inputs: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """(B, T, d), zero at padding."""
+    return torch.where(batch.mask.unsqueeze(-1), inputs.to(dtype), 0.0)
 
 
 @contextmanager
@@ -366,6 +382,7 @@ def _capture(
     batch: Batch,
     indices: Sequence[int],
     visitor: Callable[[Visit], None],
+    dtype: torch.dtype,
 ) -> Iterator[None]:
     owners = _Owners()
     last: dict[str, Tensor] = {}  # inputs of the last owner seen: matrices that share them come one after another
@@ -382,9 +399,9 @@ def _capture(
     def visit(layer: _Layer, seen: Tensor, owner: str, grad: Tensor) -> None:
         if owner not in last:
             last.clear()
-            last[owner] = _unpadded(seen, batch)
+            last[owner] = _unpadded(seen, batch, dtype)
         for name, rows in layer.views.items():
-            visitor(Visit(name, last[owner], grad[..., rows].float(), indices, owner))
+            visitor(Visit(name, last[owner], grad[..., rows].to(dtype), indices, owner))
 
     def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output.requires_grad_(True)

@@ -426,8 +426,7 @@ class Samples:
         recipe |= {"examples": name} if name != "alignment" else {}
 
         def make(folder: Path) -> None:
-            options = {"storage": getattr(torch, PRECISION), "precision": PRECISION}
-            found = gram(self.ctx.loaded(point), self._examples, self.inverse, self._excursion, **options)
+            found = gram(self.ctx.loaded(point), self._examples, self.inverse, self._excursion, precision=PRECISION)
             save_tensors(folder, found._asdict())
 
         return self.ctx.cached("gram", recipe, make)

@@ -22,6 +22,7 @@ from alignmerge.engine.merger import Merger, Models, Probes, Rule, average, merg
 from alignmerge.engine.progress import silent
 from alignmerge.engine.store import Artifact, write_json
 from alignmerge.engine.views import VERSION as VIEWS
+from alignmerge.gradients import VERSION as STATISTICS
 from alignmerge.zoo.build import Zoo
 
 SELECTION = "alignment/probes"
@@ -74,7 +75,7 @@ class Workshop:
         """Return the artifact of a statistic; its key holds the example sets, the pool and the library versions."""
         pool = {alias: model.digest for alias, model in zip(self.models.aliases, self.models.pool, strict=True)}
         full = {**recipe, "data": self.zoo.examples_digest(), "pool": pool, "versions": versions()}
-        full["base"] = self.models.base.digest
+        full |= {"base": self.models.base.digest, "statistics": STATISTICS}
         full |= _layout(self.models)
         return self.zoo.store.obtain(stage, full, lambda folder: make(folder) or {})
 
@@ -158,6 +159,7 @@ def recipe_of(merger: Merger, zoo: Zoo, models: Models, seed: int) -> dict[str, 
     recipe |= _layout(models)
     if merger.data:
         recipe |= {"data": zoo.examples_digest(), "threads": zoo.family.threads, "versions": versions()}
+        recipe["statistics"] = STATISTICS
     if merger.probed:
         recipe["probes"] = file_sha256(selection_probes(zoo))
     if merger.stochastic:

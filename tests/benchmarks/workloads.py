@@ -114,8 +114,7 @@ def kronecker(model: Any, examples: Sequence[Example], precision: str) -> None:
 def gram_matrix(model: Any, examples: Sequence[Example], precision: str) -> None:
     """K and J x, in a metric and along a direction that are at hand: what a merge reads for them is not counted."""
     weights = linear_weights(model)
-    storage = getattr(torch, precision)
-    gram(model, examples, lambda name: weights[name].square() + 1, weights.__getitem__, storage, precision=precision)
+    gram(model, examples, lambda name: weights[name].square() + 1, weights.__getitem__, precision=precision)
 
 
 Work = Callable[[Any, Sequence[Example], str], None]

@@ -236,6 +236,32 @@ def test_bfloat16_passes_give_fp32_statistics_nearby(case: Callable[..., Case]) 
     assert rounded.tolist() == pytest.approx([one.loss for one in truth], rel=0.02)
 
 
+def test_bfloat16_gradients_are_exact_products_rounded_once(case: Callable[..., Case]) -> None:
+    """What autocast's own backward pass would give for each example, whatever the pieces they are formed in."""
+    model, examples, _ = case("llama")
+    total: Tensors = {}
+
+    def visitor(visit: Visit) -> None:
+        assert visit.inputs.dtype == visit.grads.dtype == torch.bfloat16
+        exact = torch.einsum("bto,bti->boi", visit.grads.double(), visit.inputs.double())
+        found = visit.per_example()
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6 * float(exact.abs().max()))
+        total[visit.name] = total.get(visit.name, 0.0) + found.float().square().sum(0) / len(examples)
+
+    visit_gradients(model, examples, visitor, precision="bfloat16")
+    assert_close(squares(model, examples, precision="bfloat16"), total)
+
+
+def test_rounded_products_are_left_as_they_were(case: Callable[..., Case]) -> None:
+    """The Gram matrix of bf16 passes changes how fp32 products round, and nobody else's."""
+    model, examples, _ = case("llama")
+    weights = linear_weights(model)
+    a = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    before = a @ a.T
+    gram(model, examples, weights.__getitem__, weights.__getitem__, precision="bfloat16")
+    assert torch.equal(a @ a.T, before)
+
+
 def test_the_model_is_left_clean(case: Callable[..., Case]) -> None:
     model, examples, _ = case("llama")
 
@@ -325,7 +351,7 @@ def test_gram_is_the_kernel_of_the_dense_whitened_fisher(case: Callable[..., Cas
     assert float(overlap.min()) > 1 - 1e-6
     along = J @ torch.cat([x[name].flatten() for name in names]).double()
     assert relative(found.along, along) < CLOSE
-    rounded = gram(one.model, one.examples, lambda n: 1 / metric[n], x.__getitem__, torch.bfloat16)
+    rounded = gram(one.model, one.examples, lambda n: 1 / metric[n], x.__getitem__, precision="bfloat16")
     assert 1e-5 < relative(rounded.kernel, found.kernel) < 1e-2
 
 
