@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignmerge.engine.merger import Block
-from alignmerge.objective import l_geo, l_geo_floor
+from alignmerge.engine.merger import Block, average
+from alignmerge.objective import l_geo
 from alignmerge.subspace import Shield, energies_of, sample_eigenpairs
 
 CERTIFIED_RANK = 16
@@ -21,30 +21,40 @@ def certify(
     shield: Shield,
     block: Block,
     delta: Tensor,
-    centre: Tensor,
-    reference: Tensor,
+    reference: Literal["anchor", "base"],
     *,
     lambda_align: float,
     weights: Sequence[float] | None = None,
+    centre: Tensor | None = None,
 ) -> dict[str, float]:
     """Certificate of one matrix, all in the shield's own metric (Kronecker); the manifest holds the sums.
 
     ``gradient`` is ||grad / 2||^2 of L_geo + lambda L_align at the solution (in the bases' coordinates) and
     ``gradient_scale`` the same of L_align's pull alone at the barycentre: their ratio is a relative error, and where
     an AQI budget has moved the merge, the pull of the budget.
+
+    Args:
+        delta: the solution d, (d_out, d_in), whose coordinates are taken anew.
+        reference: d_ref: the ``anchor``'s delta, or none (``base``).
+        lambda_align: of the objective; may be inf.
+        weights: lambda_k of sum 1; None: uniform.
+        centre: minimiser of L_geo, (d_out, d_in), where it is not the weighted mean of the deltas.
     """
     within = shield if shield.rank is not None else shield._replace(rank=CERTIFIED_RANK, scale=None)
     rho, inside = shield.rho, within.rho
-    solution, start, goal = (shield.coefficients(x) for x in (delta, centre, reference))
-    pool = [shield.coefficients(x) for x in block.deltas]
+    solution, pool = shield.coefficients(delta), [shield.coefficients(x) for x in block.deltas]
+    mean = average(pool, weights)
+    start = mean if centre is None else shield.coefficients(centre)
+    goal = pool[0] if reference == "anchor" else torch.zeros_like(mean)
     pull = rho if math.isinf(lambda_align) else lambda_align * rho
     gradient = pull * (solution - goal)  # lambda = inf leaves only the constraint: nothing of S_A remains
     if math.isfinite(lambda_align):
         gradient = gradient + (solution - start)
     anchor_energy, base_energy = energies_of(solution - pool[0], inside), energies_of(solution, inside)
+    floor = l_geo(mean, pool, _squared, weights)
     facts = {
-        "l_geo": l_geo(solution, pool, _squared, weights),
-        "l_geo_floor": l_geo_floor(pool, _squared, weights),
+        "l_geo": floor + _squared(solution - mean),  # sum_k lambda_k ||d - Delta_k||^2 about the mean
+        "l_geo_floor": floor,
         "l_align": energies_of(solution - goal, rho).weighted,
         "fisher_length_squared": base_energy.total,
         "drift_base_squared": base_energy.inside,
@@ -60,8 +70,8 @@ def certify(
 
 
 def _squared(coefficients: Tensor) -> float:
-    """The squared Fisher length, from coordinates in the metric's own basis; summed in float64."""
-    return float(coefficients.square().sum(dtype=torch.float64))
+    """The squared Fisher length, from coordinates in the metric's own basis; rows in fp32, their sum in float64."""
+    return float(torch.linalg.vecdot(coefficients, coefficients).sum(dtype=torch.float64))
 
 
 class Moved(NamedTuple):

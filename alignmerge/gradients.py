@@ -322,7 +322,6 @@ def gram(
 def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> Tensor:
     """Z Z^T (n + 1, n + 1) float64 of one matrix: n rows of Z are G_i * root, the last one is y, (d_out, d_in)."""
     n, (height, width) = sum(len(inputs) for inputs, _ in pairs), y.shape
-    rounded = pairs[0][0].dtype == torch.bfloat16
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     rows = max(1, TILE // ((n + 1) * width))
     for first in range(0, height, rows):
@@ -333,20 +332,20 @@ def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> 
         for inputs, grads in pairs:
             torch.mul(gradients(grads[..., cut], inputs), root[cut], out=z[done : done + len(inputs)])
             done += len(inputs)
-        with _bf16_products(rounded):
+        with _rounding(pairs[0][0].dtype == torch.bfloat16):
             total += z.flatten(1) @ z.flatten(1).T
     return total
 
 
 @contextmanager
-def _bf16_products(wanted: bool) -> Iterator[None]:
-    """Let fp32 products round what they multiply to bf16, and sum in fp32."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if wanted else before
+def _rounding(wanted: bool) -> Iterator[None]:
+    """Let fp32 products round what they multiply to bf16, where ``wanted``; they sum in fp32 all the same."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if wanted else before)
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 class _Owners:

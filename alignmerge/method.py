@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class AlignMerge(Merger):
     elementwise = False
     estimator: str = "kronecker"
     """``kronecker`` (factors per matrix) or ``samples`` (the dual, one Gram matrix over all layers)."""
-    reference: str = "anchor"
+    reference: Literal["anchor", "base"] = "anchor"
     """d_ref: inside S_A ``anchor`` pulls towards theta_SAFE, ``base`` (the paper's caption) towards theta_IT."""
     at: str = "base"
     """Where gradients are taken: ``base`` (the paper); ``barycentre``, which is post-merge repair; or ``iterate``,
@@ -308,7 +308,8 @@ class Kronecker:
                 delta = delta + moved[block.name]
             if self.method.certificate:
                 options: dict[str, Any] = {"lambda_align": self.method.lambda_align, "weights": self.weights}
-                self.ctx.record_block(block.name, **certify(shield, block, delta, centre, reference, **options))
+                options["centre"] = None if self.method.metric == "shared" else centre
+                self.ctx.record_block(block.name, **certify(shield, block, delta, self.method.reference, **options))
             return block.base + delta
 
         return rule

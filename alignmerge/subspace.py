@@ -168,10 +168,13 @@ def energies(shield: Shield, x: Tensor) -> Energies:
 
 
 def energies_of(coefficients: Tensor, rho: Tensor) -> Energies:
-    """``energies`` from the coordinates of a matrix, which are linear in it; summed in float64."""
-    square = coefficients.square()
+    """``energies`` from the coordinates of a matrix, which are linear in it.
+
+    Coordinates of one rho are summed first, in the dtype of both; those sums in float64.
+    """
+    square = coefficients.square().sum_to_size(rho.shape).double()
     inside, weighted = torch.where(rho > 0, square, 0.0), rho * square
-    return Energies(*(float(part.sum(dtype=torch.float64)) for part in (square, inside, weighted)))
+    return Energies(*(float(part.sum()) for part in (square, inside, weighted)))
 
 
 def dual_coefficients(kernel: Tensor, along: Tensor, lambda_align: float, rank: int) -> Tensor:
