@@ -330,7 +330,7 @@ def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> 
         z[n] = y[cut]
         done = 0
         for inputs, grads in pairs:
-            torch.mul(gradients(grads[..., cut], inputs), root[cut], out=z[done : done + len(inputs)])
+            z[done : done + len(inputs)].copy_(gradients(grads[..., cut], inputs)).mul_(root[cut])
             done += len(inputs)
         with _rounding(pairs[0][0].dtype == torch.bfloat16):
             total += z.flatten(1) @ z.flatten(1).T
