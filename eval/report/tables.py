@@ -171,13 +171,13 @@ def markdown_table(of_family: pd.DataFrame, columns: Sequence[Column]) -> str:
 
 
 def unscored(of_family: pd.DataFrame) -> list[str]:
-    """Return one line for each column with samples that could not be scored."""
-    missing = of_family[of_family["unscored"] > 0]
-    return [
-        f"{column} unscored: "
-        + ", ".join(f"{row} {count}" for row, count in zip(of["row"], of["unscored"], strict=True))
-        for column, of in missing.groupby("column", sort=False)
-    ]
+    """Return what could not be scored, a line for all columns in which it is the same samples of the same rows."""
+    lacking = of_family[of_family["unscored"] > 0]
+    columns: dict[str, list[str]] = {}
+    for column, of in lacking.groupby("column", sort=False):
+        rows = ", ".join(f"{row} {count}" for row, count in zip(of["row"], of["unscored"], strict=True))
+        columns.setdefault(rows, []).append(str(column))
+    return [f"{', '.join(names)} unscored: {rows}" for rows, names in columns.items()]
 
 
 def missing(summary: pd.DataFrame) -> list[str]:
@@ -271,7 +271,7 @@ _TEMPLATE = r"""% Needs booktabs and graphicx; XeLaTeX or LuaLaTeX for letters o
   \end{tabular}}
 \end{table}
 <% endfor %>
-\begin{itemize}\footnotesize
+\begin{itemize}\footnotesize\raggedright
 <% for note in notes %>
   \item << note >>
 <% endfor %>
