@@ -373,7 +373,12 @@ def test_markdown_tables_are_rectangular_and_bold_only_the_best_methods(report: 
 
 
 def test_columns_that_lack_the_same_samples_share_a_line() -> None:
-    counts = [("toxicity_mean", "a", 2), ("toxicity_mean", "b", 1), ("toxicity_rate", "a", 2), ("toxicity_rate", "b", 1)]
+    counts = [
+        ("toxicity_mean", "a", 2),
+        ("toxicity_mean", "b", 1),
+        ("toxicity_rate", "a", 2),
+        ("toxicity_rate", "b", 1),
+    ]
     counts += [("judge_score", "a", 2), ("judge_score", "b", 0), ("aqi", "a", 0)]
     frame = pd.DataFrame(counts, columns=["column", "row", "unscored"])
     assert tables.unscored(frame) == ["toxicity_mean, toxicity_rate unscored: a 2, b 1", "judge_score unscored: a 2"]
