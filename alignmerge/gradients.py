@@ -24,10 +24,12 @@ from alignmerge.engine.views import views_of
 Labels = Literal["data", "sampled"]
 VERSION = 2
 """Raised when a statistic's numbers change, be it by rounding: part of the keys of whatever rests on one."""
-PIECE = 200_000
+PIECE = 120_000
 """Numbers of one example's gradient that are formed at once when only their squares are kept."""
+ROOM = 2_000_000
+"""Numbers of many examples' gradients that are formed at once there."""
 TILE = 4_000_000
-"""Numbers of many examples' gradients that are formed at once."""
+"""The same where their products with each other are wanted."""
 SMALL = 50_000
 """Numbers of one fp32 product below which a batch of them is faster."""
 
@@ -50,13 +52,17 @@ class Visit(NamedTuple):
         """G_i for each example of the batch, (B, d_out, d_in)."""
         return gradients(self.grads, self.inputs)
 
-    def add_squares(self, total: Tensor) -> None:
-        """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache."""
+    def add_squares(self, total: Tensor, room: Tensor) -> None:
+        """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache.
+
+        ``room``: where they are formed, (ROOM,) in the dtype of the passes: new memory each time would cost a third.
+        """
         rows = max(1, PIECE // self.inputs.shape[2])
         for grads, into in zip(torch.split(self.grads, rows, dim=2), torch.split(total, rows), strict=True):
-            count = max(1, TILE // into.numel())
+            count = max(1, len(room) // into.numel())
             for some, inputs in zip(torch.split(grads, count), torch.split(self.inputs, count), strict=True):
-                for gradient in map(Tensor.float, gradients(some, inputs)):
+                place = room[: len(some) * into.numel()].view(len(some), *into.shape)
+                for gradient in map(Tensor.float, gradients(some, inputs, out=place)):
                     into.addcmul_(gradient, gradient)
 
 
@@ -207,14 +213,17 @@ def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> 
     return losses
 
 
-def squares(model: Any, examples: Sequence[Example], **options: Any) -> dict[str, Tensor]:
+def squares(
+    model: Any, examples: Sequence[Example], *, precision: str = "float32", **options: Any
+) -> dict[str, Tensor]:
     """Mean over examples of squared per-example gradients: the diagonal Fisher, weight name -> (d_out, d_in)."""
     total = {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
+    room = torch.empty(ROOM, dtype=getattr(torch, precision))
 
     def add(visit: Visit) -> None:
-        visit.add_squares(total[visit.name])
+        visit.add_squares(total[visit.name], room)
 
-    visit_gradients(model, examples, add, **options)
+    visit_gradients(model, examples, add, precision=precision, **options)
     return {name: value.div_(len(examples)) for name, value in total.items()}
 
 
@@ -323,10 +332,11 @@ def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> 
     """Z Z^T (n + 1, n + 1) float64 of one matrix: n rows of Z are G_i * root, the last one is y, (d_out, d_in)."""
     n, (height, width) = sum(len(inputs) for inputs, _ in pairs), y.shape
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    rows = max(1, TILE // ((n + 1) * width))
+    rows = min(max(1, TILE // ((n + 1) * width)), height)
+    room = torch.empty((n + 1) * rows * width)
     for first in range(0, height, rows):
         cut = slice(first, min(first + rows, height))
-        z = torch.empty(n + 1, cut.stop - cut.start, width)
+        z = room[: (n + 1) * (cut.stop - cut.start) * width].view(n + 1, -1, width)
         z[n] = y[cut]
         done = 0
         for inputs, grads in pairs:
