@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def certify(
     shield: Shield,
     block: Block,
     delta: Tensor,
-    reference: Literal["anchor", "base"],
+    reference: str,
     *,
     lambda_align: float,
     weights: Sequence[float] | None = None,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class AlignMerge(Merger):
     elementwise = False
     estimator: str = "kronecker"
     """``kronecker`` (factors per matrix) or ``samples`` (the dual, one Gram matrix over all layers)."""
-    reference: Literal["anchor", "base"] = "anchor"
+    reference: str = "anchor"
     """d_ref: inside S_A ``anchor`` pulls towards theta_SAFE, ``base`` (the paper's caption) towards theta_IT."""
     at: str = "base"
     """Where gradients are taken: ``base`` (the paper); ``barycentre``, which is post-merge repair; or ``iterate``,
