@@ -55,7 +55,7 @@ class Visit(NamedTuple):
     def add_squares(self, total: Tensor, room: Tensor) -> None:
         """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache.
 
-        ``room``: where they are formed, (ROOM,) in the dtype of the passes; new memory for each visit would not be cached.
+        ``room``: where they are formed, (ROOM,) in the dtype of the passes; new memory each time would not be cached.
         """
         rows = max(1, PIECE // self.inputs.shape[2])
         for grads, into in zip(torch.split(self.grads, rows, dim=2), torch.split(total, rows), strict=True):
