@@ -43,8 +43,9 @@ class ExampleRows:
         found = torch.zeros(len(self._examples), columns, dtype=torch.float64)
 
         def add(visit: Visit) -> None:
+            inputs, grads = visit.inputs.float(), visit.grads.float()
             for column, x in directions(visit.name).items():
-                products = (visit.grads * (visit.inputs.float() @ x.T)).sum((1, 2), dtype=torch.float64)
+                products = (grads * (inputs @ x.T)).sum((1, 2), dtype=torch.float64)
                 found[visit.examples, column] += products
 
         visit_gradients(self._load(), self._examples, add, precision=self._precision)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ def fisher(ctx: MergeContext, of: Checkpoint, examples: str, labels: Labels = "d
 
     def make(folder: Path) -> None:
         generator = torch_stream(ctx.seed, "fisher", examples)
-        options: dict[str, Any] = {"labels": labels, "generator": generator, "precision": PRECISION}
-        save_tensors(folder, squares(ctx.loaded(of), ctx.examples(examples), **options))
+        model, rows = ctx.loaded(of), ctx.examples(examples)
+        save_tensors(folder, squares(model, rows, labels=labels, generator=generator, precision=PRECISION))
 
     return load_tensors(ctx.cached("fisher", recipe, make).path)
 

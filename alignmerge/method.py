@@ -307,9 +307,16 @@ class Kronecker:
             if block.name in moved:
                 delta = delta + moved[block.name]
             if self.method.certificate:
-                options: dict[str, Any] = {"lambda_align": self.method.lambda_align, "weights": self.weights}
-                options["centre"] = None if self.method.metric == "shared" else centre
-                self.ctx.record_block(block.name, **certify(shield, block, delta, self.method.reference, **options))
+                facts = certify(
+                    shield,
+                    block,
+                    delta,
+                    self.method.reference,
+                    lambda_align=self.method.lambda_align,
+                    weights=self.weights,
+                    centre=None if self.method.metric == "shared" else centre,
+                )
+                self.ctx.record_block(block.name, **facts)
             return block.base + delta
 
         return rule

@@ -372,7 +372,7 @@ def test_markdown_tables_are_rectangular_and_bold_only_the_best_methods(report: 
     assert "judge\\_score unscored: base " in text
 
 
-def test_columns_that_lack_the_same_samples_share_a_line() -> None:
+def test_columns_that_lack_as_many_samples_share_a_line() -> None:
     counts = [
         ("toxicity_mean", "a", 2),
         ("toxicity_mean", "b", 1),

@@ -74,9 +74,7 @@ class Workshop:
     ) -> Artifact:
         """Return the artifact of a statistic; its key holds the example sets, the pool and the library versions."""
         pool = {alias: model.digest for alias, model in zip(self.models.aliases, self.models.pool, strict=True)}
-        full = {**recipe, "data": self.zoo.examples_digest(), "pool": pool, "versions": versions()}
-        full |= {"base": self.models.base.digest, "statistics": STATISTICS}
-        full |= _layout(self.models)
+        full = {**recipe, "pool": pool, "base": self.models.base.digest, **_measured(self.zoo), **_layout(self.models)}
         return self.zoo.store.obtain(stage, full, lambda folder: make(folder) or {})
 
     def loaded(self, checkpoint: Checkpoint) -> torch.nn.Module:
@@ -158,8 +156,7 @@ def recipe_of(merger: Merger, zoo: Zoo, models: Models, seed: int) -> dict[str, 
     recipe: dict[str, Any] = {"method": {**method, "fields": _plain(asdict(merger))}, "models": digests}
     recipe |= _layout(models)
     if merger.data:
-        recipe |= {"data": zoo.examples_digest(), "threads": zoo.family.threads, "versions": versions()}
-        recipe["statistics"] = STATISTICS
+        recipe |= {"threads": zoo.family.threads, **_measured(zoo)}
     if merger.probed:
         recipe["probes"] = file_sha256(selection_probes(zoo))
     if merger.stochastic:
@@ -239,6 +236,11 @@ def _furnish(models: Models, folder: Path) -> None:
     else:
         write_json(folder / "config.json", config)
     copy_tokenizer(models.base.folder, folder)
+
+
+def _measured(zoo: Zoo) -> dict[str, Any]:
+    """What every statistic depends on beside the models: the example sets, and the code that measures."""
+    return {"data": zoo.examples_digest(), "versions": versions(), "statistics": STATISTICS}
 
 
 def _layout(models: Models) -> dict[str, int]:

@@ -171,7 +171,7 @@ def markdown_table(of_family: pd.DataFrame, columns: Sequence[Column]) -> str:
 
 
 def unscored(of_family: pd.DataFrame) -> list[str]:
-    """Return what could not be scored, a line for all columns in which it is the same samples of the same rows."""
+    """Return what could not be scored, a line for all columns that lack as many samples of the same rows."""
     lacking = of_family[of_family["unscored"] > 0]
     columns: dict[str, list[str]] = {}
     for column, of in lacking.groupby("column", sort=False):
