@@ -49,6 +49,25 @@ def verdicts(gates: Mapping[str, Gate], measured: Sequence[Measured]) -> list[Ve
     return found
 
 
+def missed(found: Mapping[tuple[str, int], Sequence[Verdict]]) -> list[str]:
+    """Return a line for each gate that was not met, from family and seed -> verdicts."""
+    lines = []
+    for (family, seed), verdicts_of in found.items():
+        for one in verdicts_of:
+            if not one.met:
+                lines.append(f"{family}, seed {seed}: {one.name}: {one.bound}; measured {one.measured:.3f}")
+    return lines
+
+
+def marks(found: Mapping[tuple[str, int], Sequence[Verdict]]) -> dict[str, str]:
+    """Return family -> what its tables say of missed gates; families that met all are left out."""
+    seeds: dict[str, list[str]] = {}
+    for (family, seed), verdicts_of in found.items():
+        if not all(one.met for one in verdicts_of):
+            seeds.setdefault(family, []).append(str(seed))
+    return {family: f"gates missed: seed {', '.join(numbers)}" for family, numbers in seeds.items()}
+
+
 def _spell(gate: Gate) -> str:
     what = f"{gate.column} of {gate.row}" + (f" minus {gate.minus}" if gate.minus is not None else "")
     low = [f"at least {gate.at_least:g}"] if math.isfinite(gate.at_least) else []

@@ -141,6 +141,17 @@ def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
     assert any(line.startswith(f"dev: {PLACE}: ties [density=") for line in progress)
 
 
+def test_a_missed_gate_informs_and_the_run_goes_on_to_its_report(at: Smoke) -> None:
+    gate = "{_target_: eval.gates.Gate, row: anchor, column: refusal_rate, at_least: 1.0}"
+    met = "{_target_: eval.gates.Gate, row: anchor, column: refusal_rate, at_most: 1.0}"
+    said = call("experiment=smoke", "grid.name=gated", f"+grid.gates={{refuses: {gate}, any: {met}}}")
+    assert said.code == 0, said.err
+    assert "gates (dev split): 1 of 2 met" in said.out
+    assert "gate missed: smoke, seed 0: refuses: refusal_rate of anchor: at least 1; measured 0." in said.out
+    assert "smoke (gates missed: seed 0)" in (at.results / "gated" / "table.md").read_text()
+    shutil.rmtree(at.results / "gated")
+
+
 def test_smoke_leaves_every_file(smoke: Smoke) -> None:
     files = {
         "summary.csv",

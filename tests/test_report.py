@@ -222,6 +222,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         selection=tried[tried["row"].isin(WORLD)],
         trajectory=along_training(),
         gates=GATES,
+        marks={"tiny/phi3": "gates missed: seed 0"},
     )
     return folder
 
@@ -661,6 +662,14 @@ def test_page_is_well_formed_and_needs_nothing_from_elsewhere(world: Path) -> No
     assert all("src" not in script for script in page.all("script"))
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert {str(target)[1:] for target in targets if str(target).startswith("#")} <= ids
+
+
+def test_a_missed_gate_marks_its_family_in_every_table(world: Path) -> None:
+    for name in ("table.md", "table.tex", "report.html"):
+        text = (world / name).read_text()
+        assert "tiny/phi3 (gates missed: seed 0)" in text, name
+        assert "tiny/llama3 (gates" not in text, name
+    assert "## all families; tiny/phi3: gates missed: seed 0" in (world / "table.md").read_text()
 
 
 def test_page_shows_all_figures_families_gates_and_settings(world: Path) -> None:

@@ -15,6 +15,7 @@ from alignmerge.engine.store import write_json
 from alignmerge.zoo.build import Zoo
 from eval.cells import Measured
 from eval.experiment import AT, Choice, Experiment, Gates, facts_of
+from eval.gates import marks, missed
 from eval.report.readme import block, names, splice
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def write_report(
     folder = results / experiment.grid.name
     gates = experiment.gate_verdicts()
     manifest = _manifest(experiment, gates, measured, steps)
-    notes = _notes(experiment)
+    notes = [*_notes(experiment), *(f"Gate missed: {line}." for line in missed(gates))]
     expected = [(family, row) for family, mergers in choice.mergers.items() for row in mergers]
     have = {(one.cell.family, one.cell.row) for one in measured}
     if missing := [f"{row} ({family})" for family, row in expected if (family, row) not in have]:
@@ -55,7 +56,7 @@ def write_report(
         write(
             made, _scores(measured), title=experiment.grid.title, notes=notes,
             against=against, selection=choice.points, trajectory=_trajectory(steps) if steps else None,
-            gates=_gates(gates), sweeps=sweeps,
+            gates=_gates(gates), sweeps=sweeps, marks=marks(gates),
         )  # fmt: skip
         return {}
 

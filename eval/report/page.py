@@ -9,7 +9,19 @@ import pandas as pd
 
 from eval.comparisons import MARGIN
 from eval.report.figures import Drawn
-from eval.report.tables import ARROWS, LAYOUT, Column, cells, directions, legend, missing, number, present, unscored
+from eval.report.tables import (
+    ARROWS,
+    LAYOUT,
+    Column,
+    cells,
+    directions,
+    heading,
+    legend,
+    missing,
+    number,
+    present,
+    unscored,
+)
 from eval.resampling import LEVEL
 from eval.stats import ALL, is_method
 
@@ -34,12 +46,13 @@ def html(
     notes: Sequence[str],
     selection: pd.DataFrame | None,
     gates: pd.DataFrame | None,
+    marks: Mapping[str, str],
 ) -> str:
     """Render the page; all that models and users wrote is escaped."""
     from jinja2 import Environment
 
     sections = [
-        _section(str(family), of_family, compared[compared["family"] == family], drawn)
+        _section(str(family), of_family, compared[compared["family"] == family], drawn, marks)
         for family, of_family in summary.groupby("family", sort=False)
     ]
     sections[0]["lines"] += missing(summary)
@@ -57,13 +70,15 @@ def html(
     )
 
 
-def _section(family: str, of_family: pd.DataFrame, compared: pd.DataFrame, drawn: Sequence[Drawn]) -> dict[str, Any]:
+def _section(
+    family: str, of_family: pd.DataFrame, compared: pd.DataFrame, drawn: Sequence[Drawn], marks: Mapping[str, str]
+) -> dict[str, Any]:
     """Return what the template needs for one family, or for all of them."""
     groups = {group: present(of_family, columns) for group, columns in LAYOUT.items()}
     matched = compared[compared["non_inferior_to_best_expert"].fillna(False).astype(bool)]
     as_good = set(zip(matched["row"], matched["column"], strict=True))
     return {
-        "name": family,
+        "name": heading(family, marks),
         "open": family == ALL,
         "tables": [_table(group, of_family, columns, as_good) for group, columns in groups.items() if columns],
         "lines": [*([_AS_GOOD] if as_good else []), *unscored(of_family)],

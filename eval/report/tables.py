@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -233,11 +233,18 @@ def _intervals(*, seeds: bool) -> str:
     )
 
 
-def markdown(summary: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
+def heading(family: str, marks: Mapping[str, str]) -> str:
+    """Return the heading of a family's tables, with its mark (a missed gate); the mean bears the marks of all."""
+    if family == ALL:
+        return "; ".join([family, *(f"{name}: {mark}" for name, mark in marks.items())])
+    return f"{family} ({marks[family]})" if family in marks else family
+
+
+def markdown(summary: pd.DataFrame, title: str, notes: Sequence[str], marks: Mapping[str, str]) -> str:
     """Render ``table.md``: tables of alignment, utility and geometry, over all families first, then the notes."""
     parts = [f"# {escape_markdown(title)}"]
     for family, of_family in summary.groupby("family", sort=False):
-        parts.append(f"## {escape_markdown(str(family))}")
+        parts.append(f"## {escape_markdown(heading(str(family), marks))}")
         for group, columns in LAYOUT.items():
             if shown := present(of_family, columns):
                 parts += [f"### {group}", markdown_table(of_family, shown)]
@@ -279,13 +286,13 @@ _TEMPLATE = r"""% Needs booktabs and graphicx; XeLaTeX or LuaLaTeX for letters o
 """
 
 
-def latex(summary: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
+def latex(summary: pd.DataFrame, title: str, notes: Sequence[str], marks: Mapping[str, str]) -> str:
     """Render ``table.tex``: the tables of ``markdown`` as floats for booktabs, then the notes as a list."""
     from jinja2 import Environment
 
     families = [(str(family), of_family) for family, of_family in summary.groupby("family", sort=False)]
     tables = [
-        _tex_table(of_family, shown, f"{title}: {family}, {group.lower()}")
+        _tex_table(of_family, shown, f"{title}: {heading(family, marks)}, {group.lower()}")
         for family, of_family in families
         for group, columns in LAYOUT.items()
         if (shown := present(of_family, columns))

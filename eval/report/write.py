@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,7 @@ def write(
     trajectory: pd.DataFrame | None = None,
     gates: pd.DataFrame | None = None,
     sweeps: pd.DataFrame | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``summary.csv``, ``comparisons.csv``, ``table.md``, ``table.tex``, ``report.html`` and figures.
 
@@ -34,7 +35,8 @@ def write(
     setting a line, as tried on the dev split: row, setting, selected and the dev values (with ``family`` where
     there are several); ``trajectory`` has the scores of the checkpoints of the anchors' training: family, seed,
     step (0 is theta_IT), share of the last step, column, id, value; ``gates`` has one gate a line: its texts and
-    numbers, and whether it was ``met``; ``sweeps`` (``sweeps.csv``) has one setting of a swept row a line:
+    numbers, and whether it was ``met``; ``marks`` (family -> text) is what headings say of missed gates;
+    ``sweeps`` (``sweeps.csv``) has one setting of a swept row a line:
     row (as in the scores), sweep, field, value (NaN is null). The folder is the caller's to stage: nothing is written
     if the scores are refused (BadRequest, see ``stats.measure_all`` and ``comparisons.comparisons``).
     """
@@ -50,12 +52,14 @@ def write(
         _csv(trajectory.loc[~trajectory["id"].str.startswith(BOOTSTRAP), _TRAJECTORY], folder / "trajectory.csv")
     if sweeps is not None:
         _csv(sweeps, folder / "sweeps.csv")
-    (folder / "table.md").write_text(tables.markdown(summary, title, notes), encoding="utf-8")
-    (folder / "table.tex").write_text(tables.latex(summary, title, notes), encoding="utf-8")
+    (folder / "table.md").write_text(tables.markdown(summary, title, notes, marks or {}), encoding="utf-8")
+    (folder / "table.tex").write_text(tables.latex(summary, title, notes, marks or {}), encoding="utf-8")
     drawn = figures.write(
         folder / "figures", measured, scores, notes=notes, selection=selection, trajectory=trajectory, sweeps=sweeps
     )
-    text = page.html(summary, compared, drawn, title=title, notes=notes, selection=selection, gates=gates)
+    text = page.html(
+        summary, compared, drawn, title=title, notes=notes, selection=selection, gates=gates, marks=marks or {}
+    )
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
