@@ -32,7 +32,7 @@ class JobFailed(Exception):
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def compose(config: DictConfig) -> None:
     """Resolve the config and hand it on; a wrong request of one job of a sweep does not stop the others."""
-    from eval.modes import dispatch
+    from eval.grid.modes import dispatch
 
     try:
         CODES.append(dispatch(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))))
@@ -46,7 +46,7 @@ def compose(config: DictConfig) -> None:
 
 def main() -> int:
     """Run and translate errors: one plain line for each fault."""
-    from eval.overrides import composition_faults, with_corpus
+    from eval.grid.overrides import composition_faults, with_corpus
 
     CODES.clear()
     sys.argv[1:] = with_corpus(sys.argv[1:])

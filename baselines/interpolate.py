@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignmerge.engine.build import TARGET, build
+from alignmerge.engine.configuration import TARGET, build
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, block_of, check_choice, check_range
 from alignmerge.fisher import fisher

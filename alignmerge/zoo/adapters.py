@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignmerge.engine.build import nearest
+from alignmerge.engine.configuration import nearest
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.seeding import torch_stream
 from alignmerge.gradients import linear_layers

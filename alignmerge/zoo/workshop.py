@@ -23,7 +23,7 @@ from alignmerge.engine.progress import silent
 from alignmerge.engine.store import Artifact, write_json
 from alignmerge.engine.views import VERSION as VIEWS
 from alignmerge.gradients import VERSION as STATISTICS
-from alignmerge.zoo.build import Zoo
+from alignmerge.zoo.zoo import Zoo
 
 SELECTION = "alignment/probes"
 """The corpus set that AQI budgets see: matched pairs, in no other split."""

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from eval.stats import is_method
+from eval.stats.estimates import is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

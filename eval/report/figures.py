@@ -18,7 +18,7 @@ from eval.report.overview import overview
 from eval.report.profiles import by_layer, tau, tau_of_families
 from eval.report.sweeps import sweep_effects, sweep_fronts
 from eval.report.training import training, training_of_families
-from eval.stats import ALL, Measured, ordered
+from eval.stats.estimates import ALL, Estimate, ordered
 
 _DRIFT = {
     "drift_anchor_by_layer": "drift from anchor in S_A",
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 def write(
     folder: Path,
-    measured: Mapping[str, Mapping[str, Measured]],
+    measured: Mapping[str, Mapping[str, Estimate]],
     scores: pd.DataFrame,
     *,
     notes: Sequence[str],
@@ -82,7 +82,7 @@ def folder_name(family: str) -> str:
 
 
 def _all_rows(
-    measured: Mapping[str, Mapping[str, Measured]], selection: pd.DataFrame | None, sweeps: pd.DataFrame | None
+    measured: Mapping[str, Mapping[str, Estimate]], selection: pd.DataFrame | None, sweeps: pd.DataFrame | None
 ) -> tuple[str, ...]:
     """Return every row that has a style of its own: those that are not settings of a sweep."""
     rows = [row for columns in measured.values() for row in next(iter(columns.values())).rows]
@@ -102,7 +102,7 @@ def _save_all(figures: Mapping[str, Figure], family: str, folder: Path, within: 
 
 
 def draw(
-    columns: Mapping[str, Measured],
+    columns: Mapping[str, Estimate],
     scores: pd.DataFrame,
     *,
     styles: RowStyles,
@@ -131,7 +131,7 @@ def draw(
 
 
 def draw_families(
-    columns: Mapping[str, Measured],
+    columns: Mapping[str, Estimate],
     families: Sequence[str],
     scores: pd.DataFrame,
     *,

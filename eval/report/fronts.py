@@ -12,7 +12,7 @@ import pandas as pd
 
 from eval.report.canvas import GREY, INK, RowStyles, plain, sheet
 from eval.report.labels import label_points
-from eval.stats import PRETRAINED, Measured, combined, is_method
+from eval.stats.estimates import PRETRAINED, Estimate, combined, is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,12 +27,12 @@ _FRONT: dict[str, Any] = {"color": "#555555", "lw": 1.1, "ls": "--", "zorder": 1
 _MARKERS = {"base": ("base", "s"), "anchor": ("anchor", "D")}
 
 
-def skills(columns: Mapping[str, Measured]) -> list[str]:
+def skills(columns: Mapping[str, Estimate]) -> list[str]:
     """Return the columns that utility is the mean of here."""
     return [name for name in _SKILLS if name in columns]
 
 
-def utility(columns: Mapping[str, Measured]) -> Measured | None:
+def utility(columns: Mapping[str, Estimate]) -> Estimate | None:
     """Return the mean of ``skills``, over families with the parts of each, or None where there are none."""
     found = [columns[name] for name in skills(columns)]
     if not found:
@@ -41,11 +41,11 @@ def utility(columns: Mapping[str, Measured]) -> Measured | None:
     return replace(_mean_of(found), parts=tuple(parts))
 
 
-def _mean_of(found: Sequence[Measured]) -> Measured:
+def _mean_of(found: Sequence[Estimate]) -> Estimate:
     return combined("utility", "up", found, lambda values: values)
 
 
-def front(columns: Mapping[str, Measured], caption: str, hidden: Collection[str] = ()) -> Figure | None:
+def front(columns: Mapping[str, Estimate], caption: str, hidden: Collection[str] = ()) -> Figure | None:
     """Draw refusals against utility, with intervals and the Pareto front of the methods; colour is over-refusal.
 
     ``hidden`` are rows that have a figure of their own; the pretrained model, which cannot chat, is not shown either.
@@ -78,13 +78,13 @@ def front(columns: Mapping[str, Measured], caption: str, hidden: Collection[str]
     return figure
 
 
-def _cross(axes: Axes, x: Measured, y: Measured, i: int) -> None:
+def _cross(axes: Axes, x: Estimate, y: Estimate, i: int) -> None:
     """Draw the intervals of one row as a thin cross."""
     axes.plot([x.low[i], x.high[i]], [y.mean[i]] * 2, color="#888888", lw=0.8, alpha=0.8, zorder=1)
     axes.plot([x.mean[i]] * 2, [y.low[i], y.high[i]], color="#888888", lw=0.8, alpha=0.8, zorder=1)
 
 
-def identity_markers(axes: Axes, x: Measured, y: Measured, identity: Sequence[int]) -> None:
+def identity_markers(axes: Axes, x: Estimate, y: Estimate, identity: Sequence[int]) -> None:
     """Draw the rows at these places as hollow markers, a shape for each kind."""
     named = set()
     for i in identity:
@@ -94,7 +94,7 @@ def identity_markers(axes: Axes, x: Measured, y: Measured, identity: Sequence[in
         axes.plot(x.mean[i], y.mean[i], marker, mfc="white", mec=GREY, ms=7, mew=1.3, ls="", label=label, zorder=3)
 
 
-def _method_markers(axes: Axes, x: Measured, y: Measured, methods: Sequence[int], over: Measured | None) -> None:
+def _method_markers(axes: Axes, x: Estimate, y: Estimate, methods: Sequence[int], over: Estimate | None) -> None:
     """Draw the methods, coloured by over-refusal where it was measured."""
     style: dict[str, Any] = {"s": 62, "edgecolor": INK, "linewidth": 0.7, "zorder": 4, "plotnonfinite": True}
     if over is None:

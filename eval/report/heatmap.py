@@ -11,7 +11,7 @@ import pandas as pd
 
 from eval.report.canvas import INK, freeze, sheet
 from eval.report.tables import ARROWS, LAYOUT, Column, best_methods, number
-from eval.stats import PRETRAINED, Measured, is_method
+from eval.stats.estimates import PRETRAINED, Estimate, is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
-def heatmap(columns: Mapping[str, Measured], caption: str) -> Figure | None:
+def heatmap(columns: Mapping[str, Estimate], caption: str) -> Figure | None:
     """Draw all columns of the tables by row: colour from the worst row of a column (pale) to its best."""
     groups = {
         group: [c for c in layout if c.name in columns and np.isfinite(columns[c.name].mean).any()]
@@ -54,7 +54,7 @@ def heatmap(columns: Mapping[str, Measured], caption: str) -> Figure | None:
     return freeze(figure)
 
 
-def _heat(axes: Axes, columns: Sequence[tuple[Column, Measured]], left: float) -> None:
+def _heat(axes: Axes, columns: Sequence[tuple[Column, Estimate]], left: float) -> None:
     """Draw one group of columns from x = left, a square for each row and column with its number."""
     rows = columns[0][1].rows
     colours = np.stack([shades(measured) for _, measured in columns], axis=1)
@@ -76,7 +76,7 @@ def _heat(axes: Axes, columns: Sequence[tuple[Column, Measured]], left: float) -
             )
 
 
-def shades(measured: Measured) -> Floats:
+def shades(measured: Estimate) -> Floats:
     """Return the [R, 3] colours of a column; the pretrained model, which cannot chat, does not stretch the scale."""
     colours = np.full((len(measured.rows), 3), 1.0)
     there = np.isfinite(measured.mean)

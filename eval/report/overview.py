@@ -10,7 +10,7 @@ import pandas as pd
 
 from eval.report.canvas import FAMILY_COLOURS, GREY, INK, OURS, OURS_COLOUR, freeze, sheet
 from eval.report.tables import ARROWS, LAYOUT, Column, best_methods
-from eval.stats import Measured, is_method
+from eval.stats.estimates import Estimate, is_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ MAIN = {
 }
 
 
-def overview(columns: Mapping[str, Measured], families: Sequence[str], caption: str) -> Figure | None:
+def overview(columns: Mapping[str, Estimate], families: Sequence[str], caption: str) -> Figure | None:
     """Draw the mean over families of the columns of MAIN with its interval, and each family as a dot, row by row."""
     by_name = {column.name: column for layout in LAYOUT.values() for column in layout}
     groups = {group: [by_name[name] for name in names if name in columns] for group, names in MAIN.items()}
@@ -45,7 +45,7 @@ def overview(columns: Mapping[str, Measured], families: Sequence[str], caption: 
     return freeze(figure)
 
 
-def _draw(axes: Axes, measured: Measured, column: Column) -> None:
+def _draw(axes: Axes, measured: Estimate, column: Column) -> None:
     rows = measured.rows
     best = best_methods(pd.Series(measured.mean, index=list(rows)).dropna(), measured.direction)
     y = np.arange(len(rows))

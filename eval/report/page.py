@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from eval.comparisons import MARGIN
 from eval.report.figures import Drawn
 from eval.report.tables import (
     ARROWS,
@@ -22,8 +21,9 @@ from eval.report.tables import (
     present,
     unscored,
 )
-from eval.resampling import LEVEL
-from eval.stats import ALL, is_method
+from eval.stats.comparisons import MARGIN
+from eval.stats.estimates import ALL, is_method
+from eval.stats.resampling import LEVEL
 
 _COMPARED = ("Alignment", "Utility")
 """The groups of columns whose comparisons are on the page; all are in ``comparisons.csv``."""

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from eval.report.canvas import INK, RowStyles, freeze, grid_of, scale, sheet, whole_numbers
-from eval.stats import ordered
+from eval.stats.estimates import ordered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

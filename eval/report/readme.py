@@ -9,7 +9,7 @@ import pandas as pd
 
 from alignmerge.engine.faults import BadRequest
 from eval.report.tables import LAYOUT, escape_markdown, markdown_table, present
-from eval.stats import ALL
+from eval.stats.estimates import ALL
 
 COLUMNS = (
     "refusal_rate",

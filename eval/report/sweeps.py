@@ -12,7 +12,7 @@ from eval.report.canvas import GREY, INK, freeze, plain, sheet, sweep_styles
 from eval.report.fronts import identity_markers, skills, utility
 from eval.report.labels import label_points
 from eval.report.tables import ARROWS
-from eval.stats import PRETRAINED, Measured, is_method
+from eval.stats.estimates import PRETRAINED, Estimate, is_method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ def short(value: float) -> str:
     return "null" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:g}"
 
 
-def sweep_fronts(columns: Mapping[str, Measured], sweeps: pd.DataFrame, caption: str) -> Figure | None:
+def sweep_fronts(columns: Mapping[str, Estimate], sweeps: pd.DataFrame, caption: str) -> Figure | None:
     """Draw refusals and AQI over utility: a line through the settings of each swept row, other rows as points."""
     x = utility(columns)
     heights = [columns[name] for name in HEIGHTS if name in columns]
@@ -145,14 +145,14 @@ def sweep_fronts(columns: Mapping[str, Measured], sweeps: pd.DataFrame, caption:
     return figure
 
 
-def _others(axes: Axes, x: Measured, y: Measured, others: Sequence[int]) -> None:
+def _others(axes: Axes, x: Estimate, y: Estimate, others: Sequence[int]) -> None:
     """Draw the rows that are not swept."""
     identity_markers(axes, x, y, [i for i in others if not is_method(x.rows[i])])
     methods = [i for i in others if is_method(x.rows[i])]
     axes.plot(x.mean[methods], y.mean[methods], "X", **_OTHER)
 
 
-def _labels(x: Measured, y: Measured, others: Sequence[int]) -> list[tuple[str, float, float, str]]:
+def _labels(x: Estimate, y: Estimate, others: Sequence[int]) -> list[tuple[str, float, float, str]]:
     """Return the labels of the rows that are not swept; many methods would cover the lines with theirs."""
     shown = [i for i in others if np.isfinite(y.mean[i])]
     methods = [i for i in shown if is_method(x.rows[i])]
@@ -161,7 +161,7 @@ def _labels(x: Measured, y: Measured, others: Sequence[int]) -> list[tuple[str, 
     return [(x.rows[i], float(x.mean[i]), float(y.mean[i]), colour) for i, colour in named]
 
 
-def _front(axes: Axes, x: Measured, y: Measured, line: Line, style: Mapping[str, Any]) -> None:
+def _front(axes: Axes, x: Estimate, y: Estimate, line: Line, style: Mapping[str, Any]) -> None:
     """Draw one line with its points, which grow along it, in light interval bars."""
     at, colour = line.at, style["color"]
     bars: dict[str, Any] = {"color": colour, "lw": 0.7, "alpha": 0.28, "zorder": 1}
@@ -174,7 +174,7 @@ def _front(axes: Axes, x: Measured, y: Measured, line: Line, style: Mapping[str,
     axes.scatter(x.mean[at], y.mean[at], s=sizes, color=colour, edgecolor="white", linewidth=0.5, zorder=4)
 
 
-def sweep_effects(columns: Mapping[str, Measured], sweeps: pd.DataFrame, caption: str) -> Figure | None:
+def sweep_effects(columns: Mapping[str, Estimate], sweeps: pd.DataFrame, caption: str) -> Figure | None:
     """Draw what each swept field does to the columns of EFFECTS: a line of panels for each field."""
     both = {**columns, "utility": utility(columns)}
     shown = [column for name in EFFECTS if (column := both.get(name)) is not None]
@@ -213,7 +213,7 @@ def sweep_effects(columns: Mapping[str, Measured], sweeps: pd.DataFrame, caption
     return freeze(figure)
 
 
-def _effect(axes: Axes, column: Measured, line: Line, scale: Ruler, style: Mapping[str, Any]) -> None:
+def _effect(axes: Axes, column: Estimate, line: Line, scale: Ruler, style: Mapping[str, Any]) -> None:
     """Draw one row over its swept value, by rising value: mean in a band, and each family behind."""
     x = np.array([scale.place(value) for value in line.values])
     order = np.argsort(x)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from eval.resampling import LEAST_SEEDS, LEVEL, RESAMPLES
-from eval.stats import ALL, KAPPA, is_method
+from eval.stats.estimates import ALL, KAPPA, is_method
+from eval.stats.resampling import LEAST_SEEDS, LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
-    from eval.scorer import Direction
+    from eval.columns import Direction
 
 
 class Column(NamedTuple):
@@ -28,7 +28,7 @@ class Column(NamedTuple):
     """Digits after the point; None: three significant digits, for quantities without a natural scale."""
 
 
-class Cell(NamedTuple):
+class Entry(NamedTuple):
     """One number as shown."""
 
     value: float
@@ -96,14 +96,14 @@ def directions(of_family: pd.DataFrame) -> dict[str, Direction]:
     return dict(zip(of_family["column"], of_family["better_direction"], strict=True))
 
 
-def cells(of_family: pd.DataFrame, column: Column) -> dict[str, Cell]:
+def cells(of_family: pd.DataFrame, column: Column) -> dict[str, Entry]:
     """Return row -> cell for the rows of a family that have a value in the column."""
     values = of_family[(of_family["column"] == column.name) & of_family["mean"].notna()].set_index("row")
     best = best_methods(values["mean"], directions(of_family)[column.name])
     shown = {}
     for row, mean, low, high in values[["mean", "ci_low", "ci_high"]].itertuples(name=None):
         ends = f"[{number(low, column.decimals)}, {number(high, column.decimals)}]" if np.isfinite(low) else ""
-        shown[row] = Cell(mean, number(mean, column.decimals), ends, row in best)
+        shown[row] = Entry(mean, number(mean, column.decimals), ends, row in best)
     return shown
 
 
@@ -145,7 +145,7 @@ def grid(
     of_family: pd.DataFrame,
     columns: Sequence[Column],
     name: Callable[[str], str],
-    show: Callable[[Cell], str],
+    show: Callable[[Entry], str],
 ) -> list[list[str]]:
     """Return one list of texts a row: the row's name, then each column."""
     shown = [cells(of_family, column) for column in columns]
@@ -159,7 +159,7 @@ def markdown_table(of_family: pd.DataFrame, columns: Sequence[Column]) -> str:
     """Return one GitHub table of a family; the best method of a column is bold."""
     from tabulate import tabulate
 
-    def show(cell: Cell) -> str:
+    def show(cell: Entry) -> str:
         mean = f"**{cell.mean}**" if cell.best else cell.mean
         return f"{mean} {cell.interval}".strip()
 
@@ -315,7 +315,7 @@ def latex(summary: pd.DataFrame, title: str, notes: Sequence[str], marks: Mappin
 def _tex_table(of_family: pd.DataFrame, columns: Sequence[Column], caption: str) -> dict[str, Any]:
     """Return what the template needs for one table: identity rows and methods are blocks of their own."""
 
-    def show(cell: Cell) -> str:
+    def show(cell: Entry) -> str:
         mean = rf"\textbf{{{cell.mean}}}" if cell.best else cell.mean
         return rf"{mean} {{\scriptsize {cell.interval}}}" if cell.interval else mean
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval import comparisons, stats
+from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
-from eval.scorer import BOOTSTRAP
+from eval.stats import comparisons
+from eval.stats import estimates as stats
 
 _TRAJECTORY = ["family", "seed", "step", "share", "column", "id", "value"]
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eval.scorer import Prompt, Subject
+from eval.scorers.interface import Prompt, Subject
 
 
 class Answer(NamedTuple):

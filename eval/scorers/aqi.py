@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from alignmerge.aqi import LAYERS, aqi01, aqi_raw, layers_at, resampled_pairs, separation, tau_gap, tau_sides
 from alignmerge.engine.faults import BadRequest, Fault
-from eval.scorer import BOOTSTRAP, Direction, LoadedModel, Prompt, Sample, Scorer, Subject
+from eval.columns import BOOTSTRAP, Direction
+from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer, Subject
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.merger import MergeContext, check_range
 from alignmerge.engine.views import layer_of
-from eval.scorer import Direction, Sample, Scorer, Subject
+from eval.columns import Direction
+from eval.scorers.interface import Sample, Scorer, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from alignmerge.engine.faults import BadRequest, Fault
-from eval.scorer import Direction, Sample, Scorer, Subject
+from eval.columns import Direction
 from eval.scorers.answers import Answer, answers
 from eval.scorers.gibberish import gibberish, read_words
+from eval.scorers.interface import Sample, Scorer, Subject
 from eval.scorers.refusal import refuses
 
 if TYPE_CHECKING:

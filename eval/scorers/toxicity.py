@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from alignmerge.engine.faults import BadRequest, Fault
-from eval.scorer import Direction, Sample, Scorer, Subject
+from eval.columns import Direction
 from eval.scorers.answers import answers
+from eval.scorers.interface import Sample, Scorer, Subject
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from alignmerge.engine.faults import BadRequest, Fault
-from eval.scorer import Direction, LoadedModel, Prompt, Sample, Scorer, Subject
+from eval.columns import Direction
+from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer, Subject
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alignmerge.engine.examples import Example, batches, collate
 from alignmerge.gradients import example_losses, gram, kronecker_factors, linear_layers, linear_weights, squares
-from eval.workers import give_memory_back
+from eval.grid.workers import give_memory_back
 
 
 class Size(NamedTuple):

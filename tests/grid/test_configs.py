@@ -1,0 +1,293 @@
+"""Every YAML composes, builds and says the same defaults as its class; unknown keys and wrong types are refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from alignmerge.engine.configuration import build, choices
+from alignmerge.engine.family import Family
+from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.merger import Merger
+from alignmerge.zoo.corpus import Packaged
+from alignmerge.zoo.toy import Toy
+from alignmerge.zoo.world import World
+from eval.scorers.interface import Scorer
+
+CONF = ROOT / "conf"
+KINDS: dict[str, tuple[type, ...]] = {"method": (Merger,), "corpus": (Packaged, Toy, World), "family": (Family,)}
+DUMMIES = ("family.base=a", "family.anchor=b", "family.experts={math: c, code: d}")
+
+
+def stems(group: str) -> list[str]:
+    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    assert found
+    return found
+
+
+@cache
+def composed(*overrides: str) -> dict[str, Any]:
+    """Compose as ``run.py`` does; the result is shared, so it may not be changed."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return typing.cast(dict[str, Any], config)
+
+
+class Node(NamedTuple):
+    """A config node with the key that names it."""
+
+    where: str
+    node: dict[str, Any]
+    kinds: tuple[type, ...]
+
+    def build(self, **changes: object) -> Any:
+        return build({**self.node, **changes}, self.where, *self.kinds)
+
+    def faults(self, **changes: object) -> list[Fault]:
+        with pytest.raises(BadRequest) as caught:
+            self.build(**changes)
+        return list(caught.value.faults)
+
+
+GROUPS = ("method", "scorer", "corpus", "family")
+
+
+def nodes_together(place: int) -> dict[tuple[str, str], Node]:
+    """Compose the file at ``place`` of each group in one config (the shorter groups start again)."""
+    chosen = {group: (names := stems(group))[place % len(names)] for group in GROUPS}
+    overrides = [f"{group}={stem}" for group, stem in chosen.items()]
+    config = composed(*overrides, *(DUMMIES if chosen["family"] == "local" else ()))
+    scorer = chosen["scorer"]
+    assert list(config["scorer"]) == [scorer]
+    nodes = {("scorer", scorer): Node(f"scorer.{scorer}", config["scorer"][scorer], (Scorer,))}
+    return nodes | {(g, chosen[g]): Node(g, config[g], kinds) for g, kinds in KINDS.items()}
+
+
+ALL = [(group, stem) for group in GROUPS for stem in stems(group)]
+PLAIN = [(group, stem) for group, stem in ALL if group != "family"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> dict[tuple[str, str], Node]:
+    found: dict[tuple[str, str], Node] = {}
+    for place in range(max(len(stems(group)) for group in GROUPS)):
+        found |= nodes_together(place)
+    assert set(found) == set(ALL)
+    return found
+
+
+@pytest.mark.parametrize(("group", "stem"), PLAIN)
+def test_yaml_states_every_field_with_the_default_of_its_class(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    made: Any = nodes[group, stem].build()
+    assert issubclass(type(made), KINDS.get(group, (Scorer,)))
+    assert made == type(made)()
+    assert set(nodes[group, stem].node) == {"_target_", *(field.name for field in fields(made))}
+
+
+@pytest.mark.parametrize("stem", stems("family"))
+def test_family_yaml_states_every_field(stem: str, nodes: dict[tuple[str, str], Node]) -> None:
+    family = nodes["family", stem].build()
+    assert family.name == stem
+    assert set(nodes["family", stem].node) == {"_target_", *(field.name for field in fields(Family))}
+    assert next(iter(family.references())) == "base" and len(family.experts) >= 2
+
+
+def test_local_family_needs_its_three_references_and_else_has_the_defaults(
+    nodes: dict[tuple[str, str], Node],
+) -> None:
+    local = nodes["family", "local"].build()
+    assert (local.base, local.anchor, dict(local.experts)) == ("a", "b", {"math": "c", "code": "d"})
+    optional = [field for field in fields(Family) if field.default is not MISSING]
+    assert optional and all(getattr(local, field.name) == field.default for field in optional)
+    with pytest.raises(BadRequest) as caught:
+        build(composed("family=local")["family"], "family", Family)
+    assert [fault.where for fault in caught.value.faults] == ["family.base", "family.anchor", "family.experts"]
+
+
+@pytest.mark.parametrize(("group", "stem"), ALL)
+def test_unknown_key_is_named_with_the_nearest_known_one(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    node = nodes[group, stem]
+    known = [key for key in node.node if key != "_target_"]
+    for key in known:
+        (fault,) = node.faults(**{f"{key}x": 1})
+        assert fault.where == f"{node.where}.{key}x" and fault.given == "unknown key"
+        assert fault.allowed.startswith(f"{key}? ")
+        assert fault.allowed.endswith(", ".join(sorted(known)))
+    (fault,) = node.faults(zzz=1)
+    assert str(fault) == f"{node.where}.zzz: unknown key; allowed: {', '.join(sorted(known)) or 'no key'}"
+
+
+def wrong_for(hint: Any) -> list[object]:
+    """Return values that a plain reading of the type does not admit."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    wrong: dict[Any, list[object]] = {
+        str: [3, 1.5, True, ["a"], {"a": 1}],
+        bool: [3, 0, "true", None, [True], {"a": 1}],
+        float: ["abc", True, [0.5], {"a": 1}],
+        int: ["abc", "1", 1.5, 1.0, True, [1], {"a": 1}],
+        typing.Literal: ["nonsense", 3, None, True, ["a"], {"a": 1}],
+        Mapping: ["abc", 3, None, [1]],
+        Sequence: ["abc", 3, None, {"a": 1}],
+    }
+    return next(wrong[kind] for kind in wrong if kind in options or typing.get_origin(hint) is kind)
+
+
+@pytest.mark.parametrize(("group", "stem"), ALL)
+def test_wrong_type_of_each_field_is_named(group: str, stem: str, nodes: dict[tuple[str, str], Node]) -> None:
+    node = nodes[group, stem]
+    for key, hint in typing.get_type_hints(type(node.build())).items():
+        if key not in node.node:
+            continue  # a ClassVar
+        for wrong in wrong_for(hint):
+            (fault,) = node.faults(**{key: wrong})
+            assert fault.where == f"{node.where}.{key}", (key, wrong)
+            assert str(wrong).strip("{}[]") in fault.given and fault.allowed
+        (fault,) = node.faults(**{key: object()})
+        assert fault.where == f"{node.where}.{key}"
+
+
+@pytest.mark.parametrize(("group", "stem"), [*PLAIN, ("family", "smoke")])
+def test_nan_and_infinity_are_refused_in_every_number(
+    group: str, stem: str, nodes: dict[tuple[str, str], Node]
+) -> None:
+    node = nodes[group, stem]
+    numbers = [
+        key
+        for key, hint in typing.get_type_hints(type(node.build())).items()
+        if key in node.node and (hint is float or float in typing.get_args(hint))
+    ]
+    for key in numbers:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            if key == "lambda_align" and value == float("inf"):
+                assert node.build(lambda_align=value).lambda_align == value  # documented: it projects
+                continue
+            faults = node.faults(**{key: value})
+            assert any(f"{node.where}.{key}" in fault.where for fault in faults), (key, value)
+
+
+def test_recipes_are_built_and_their_fields_checked(nodes: dict[tuple[str, str], Node]) -> None:
+    node = nodes["family", "smoke"]
+    recipes = node.node["recipes"]
+    worse = {**recipes, "format": {**recipes["format"], "lr": float("nan"), "steps": 0, "batch": 0}}
+    assert len(node.faults(recipes=worse)) == 3
+    typo = {**recipes, "format": {**recipes["format"], "stepz": 3}}
+    (fault,) = node.faults(recipes=typo)
+    assert fault.where == "family.recipes.format.stepz" and fault.allowed.startswith("steps? ")
+
+
+EXPERIMENTS = [name for name in choices(CONF / "experiment") if not name.rpartition("/")[2].startswith("_")]
+SWEEPS = ("lambda_sweep", "rank_sweep", "budget_sweep")
+SPLIT = ("ablation", "matched", *SWEEPS)
+"""Experiments that there are for two tiers, with rows of their own in a shared file."""
+
+
+def file_of(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    assert isinstance(loaded, dict)
+    return typing.cast(dict[str, Any], loaded)
+
+
+def test_every_split_experiment_is_there_for_both_tiers() -> None:
+    assert {f"{name}/{tier}" for name in SPLIT for tier in ("tiny", "smollm2")} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None:
+    from eval.grid.modes import experiment_of
+
+    experiment = experiment_of(composed(f"experiment={name}"))
+    experiment.check()
+    grid, rows = experiment.grid, experiment.grid.rows
+    assert grid.name == name.replace("/", "-")  # the folder of its results
+    files = [name if one == "_self_" else one for one in file_of(name)["defaults"] if isinstance(one, str)] or [name]
+    written = [row for file in files for row in file_of(file.removeprefix("/experiment/"))["grid"].get("rows", {})]
+    assert list(rows) == list(dict.fromkeys(written))
+    tried, swept = ({n: r.settings for n, r in rows.items() if r.settings and r.swept is way} for way in (False, True))
+    assert len(experiment.dev_cells()) == sum(map(len, tried.values())) * len(experiment.first_seed)
+    assert {cell.split for cell in experiment.dev_cells()} <= {"dev"}
+    reported = experiment.provisional().mergers[experiment.zoos[0].family.name]
+    matched = sum(row.matched for row in rows.values())
+    assert len(reported) == len(rows) - len(swept) + sum(map(len, swept.values())) + matched
+    assert set(grid.against) <= set(reported) and grid.against
+    gated = {row for gate in grid.gates.values() for row in (gate.row, gate.minus) if row is not None}
+    models = {key.replace("experts.", "expert:") for key in experiment.zoos[0].family.references()}
+    assert gated - models <= {row for row in rows if not rows[row].settings}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_settings(name: str) -> None:
+    rows = composed(f"experiment={name}")["grid"]["rows"].values()
+    tuned = [row["settings"] for row in rows if row.get("settings") and not row.get("swept")]
+    assert len({len(settings) for settings in tuned}) == (0 if name.startswith(SPLIT) and "matched" not in name else 1)
+    for settings in tuned:
+        assert len({tuple(sorted(setting.items())) for setting in settings}) == len(settings)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_experiments_of_a_tier_have_its_models_scorers_and_gates(name: str) -> None:
+    for tier in ("tiny", "smollm2"):
+        ours, main = composed(f"experiment={name}/{tier}"), composed(f"experiment={tier}")
+        for key in ("family", "corpus", "seed"):
+            assert ours[key] == main[key], (tier, key)
+        more = {"subspaces"} if name == "ablation" else set()
+        assert {key: value for key, value in ours["scorer"].items() if key not in more} == main["scorer"], tier
+        seeds = {("matched", "smollm2"): 2} | {(sweep, "tiny"): 1 for sweep in SWEEPS}  # two anchors; a trend
+        assert ours["grid"].get("seeds") == seeds.get((name, tier), main["grid"].get("seeds"))
+        for key in ("families", "gates", "dev_scorers", "matched_refusal"):
+            assert ours["grid"].get(key) == main["grid"].get(key), (tier, key)
+        assert ours["grid"]["rows"]["average"] == main["grid"]["rows"]["average"]
+
+
+def test_ablations_change_one_thing_each() -> None:
+    """Rows of AlignMerge differ from ``alignmerge`` in one field; those without L_align are the budget's."""
+    for tier in ("tiny", "smollm2"):
+        rows = composed(f"experiment=ablation/{tier}")["grid"]["rows"]
+        ours = {name: row["fixed"] for name, row in rows.items() if row["method"] == "alignmerge"}
+        assert ours.pop("alignmerge") == {"lambda_align": 1.0}
+        assert ours.pop("alignmerge/budget") == {"lambda_align": 1.0, "lambda_bud": 100.0}
+        assert ours.pop("alignmerge/budget_only") == {"lambda_align": 0.0, "lambda_bud": 100.0}
+        assert ours.pop("alignmerge/neither") == {"lambda_align": 0.0}
+        assert all(fixed.pop("lambda_align") == 1.0 and len(fixed) == 1 for fixed in map(dict, ours.values()))
+        assert len({str(fixed) for fixed in ours.values()}) == len(ours) >= 8
+
+
+def test_rows_with_unequal_numbers_of_settings_are_refused() -> None:
+    from eval.grid.grid import Grid
+
+    node = copy.deepcopy(composed("experiment=smoke")["grid"])
+    node["rows"]["ties"]["settings"].append({"density": 0.9})
+    with pytest.raises(BadRequest, match=r"grid.rows: \[2, 3\] settings; allowed: the same number"):
+        build(node, "grid", Grid)
+
+
+def test_smoke_has_every_method() -> None:
+    grid = composed("experiment=smoke")["grid"]
+    assert {row["method"] for row in grid["rows"].values()} == set(stems("method")) - {"identity"}
+
+
+def test_every_package_that_is_read_has_its_sha256_and_no_other() -> None:
+    checksums = yaml.safe_load((CONF / "assets.yaml").read_text())
+    assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums.values())
+    places: list[Path] = [p for d in ("alignmerge", "baselines", "eval", "conf") for p in (ROOT / d).rglob("*.*")]
+    text = "\n".join(p.read_text() for p in places if p.suffix in (".py", ".yaml"))
+    assert set(re.findall(r"pypi:([\w.-]+==\d[\w.]*)/", text)) == set(checksums)

@@ -1,0 +1,247 @@
+"""The paper tier: its configs name public models and nothing invented, and its plan costs them without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import MakesModel
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from rich.console import Console
+from test_configs import CONF, composed
+from test_costs import PUBLISHED
+
+from alignmerge.engine import costs, hub
+from alignmerge.engine.configuration import build
+from alignmerge.engine.family import Family
+from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.store import Store
+from alignmerge.zoo.training import Recipe
+from eval.grid import plan
+from eval.grid.experiment import Experiment
+from eval.grid.modes import experiment_of
+from eval.grid.plan import jobs_of, print_plan
+
+PAPER = sorted((CONF / "family" / "paper").glob("*.yaml"))
+GIB = 2**30
+Local = Callable[..., Experiment]
+
+
+def family_of(path: Path) -> Family:
+    family: Family = build(yaml.safe_load(path.read_text()), "family", Family)
+    return family
+
+
+@pytest.fixture(autouse=True)
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty Hub cache, an empty lock, and nothing that could be asked."""
+    from huggingface_hub import constants
+
+    def unasked(*args: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "LOCK", tmp_path / "hub.lock.yaml")
+    monkeypatch.setattr(hub, "_network", unasked)
+    monkeypatch.delenv(hub.ONLINE, raising=False)
+    monkeypatch.setenv("ALIGNMERGE_STORE", str(tmp_path / "store"))
+
+
+def printed(experiment: Experiment) -> str:
+    out = io.StringIO()
+    print_plan(experiment, Console(file=out, width=160))
+    return out.getvalue()
+
+
+def paper(tmp_path: Path) -> Experiment:
+    return experiment_of({**composed("experiment=paper"), "store": str(tmp_path / "store")})
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Local:
+    """Make an experiment on folders: ``local(family={...}, other={...})``, each with base, anchor and experts."""
+
+    def make(**families: dict[str, Any]) -> Experiment:
+        experiment = experiment_of({**composed("experiment=smoke"), "store": str(tmp_path / "store")})
+        zoo = experiment.zoos[0]
+        made = [Family(name=name, dtype="float32", **references) for name, references in families.items()]
+        return replace(experiment, zoos=[replace(zoo, family=family) for family in made])
+
+    return make
+
+
+def test_there_are_five_families_and_the_grid_names_them() -> None:
+    names = {f"paper/{path.stem}" for path in PAPER}
+    assert len(names) == 5 and set(composed("experiment=paper")["grid"]["families"]) == names
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_family_names_public_models_and_no_invented_revision(path: Path) -> None:
+    family = family_of(path)
+    assert family.name == f"paper/{path.stem}"
+    assert set(yaml.safe_load(path.read_text())) == {"_target_", *(field.name for field in fields(Family))}
+    remote = {key: ref for key, ref in family.references().items() if not ref.startswith("zoo:")}
+    parsed = {key: hub.parse(reference, key) for key, reference in remote.items()}
+    assert {reference.revision for reference in parsed.values()} == {"main"}
+    assert parsed["base"].name in PUBLISHED
+    config = json.loads((CONF / "architectures" / f"{parsed['base'].name}.json").read_text())
+    assert config["model_type"] in {"llama": "llama3"}.get(path.stem, {path.stem, path.stem.rstrip("3")})
+    stem = parsed["base"].name.rpartition("/")[2]
+    if "anchor" in remote:  # MergeBench names its specialists after the model that they come from
+        assert {key: r.name for key, r in parsed.items() if key not in ("base", "pretrained")} == {
+            key: f"MergeBench/{stem}_{'safety' if key == 'anchor' else key.removeprefix('experts.')}"
+            for key in ("anchor", "experts.instruction", "experts.math", "experts.coding", "experts.multilingual")
+        }
+        assert not family.recipes
+    else:
+        assert {ref for ref in family.references().values() if ref.startswith("zoo:")} == {
+            f"zoo:{name}" for name in family.recipes
+        }
+        assert all(isinstance(recipe, Recipe) and recipe.adapter for recipe in family.recipes.values())
+
+
+def test_every_row_of_the_smollm2_experiment_is_here_with_its_settings() -> None:
+    ours, theirs = (composed(f"experiment={name}")["grid"] for name in ("paper", "smollm2"))
+    assert {name: ours["rows"].get(name) for name in theirs["rows"]} == theirs["rows"]
+    assert ours["dev_scorers"] == theirs["dev_scorers"]
+    assert (ours["against"], ours["matched_refusal"]) == (theirs["against"], theirs["matched_refusal"])
+    assert {gate["row"] for gate in ours["gates"].values()} == {"anchor"}  # no row that some family lacks
+    assert ours["seeds"] == 3
+
+
+def test_plan_of_the_paper_tier_costs_it_without_a_network_and_writes_nothing(tmp_path: Path) -> None:
+    text = printed(paper(tmp_path))
+    for name, (parameters, _) in PUBLISHED.items():
+        assert f"{parameters:,} parameters (conf/architectures/{name}.json)" in text
+        assert f"base: hub:{name}@main (to be fetched, no commit locked yet)" in text
+    assert text.count("anchor: zoo:anchor (to be made)") == 3
+    assert not (tmp_path / "store").exists() and not hub.LOCK.exists()
+    for machine in costs.MACHINES:
+        assert f"Hours on {machine.name}, all seeds" in text and f"assumed: {machine.name}: " in text
+    cells = {row[0]: row[1:] for row in re.findall(r"│ (\S+) +│ +(\S+) │ +(\S+) │ +(\S+) │ +(\S+) │\n", text)}
+    llama, mistral = cells["paper/llama3"], cells["paper/mistral"]
+    assert llama[0] == f"{7 * 2 * 8_030_261_248 / GIB:.1f}" and llama[1] == "-"  # base, theta_0, anchor, four experts
+    assert mistral[0] == f"{2 * 2 * 7_248_023_552 / GIB:.1f}"
+    assert mistral[1] == f"{3 * 3 * 4 * 7_248_023_552 / GIB:.1f}"  # three seeds of three models in fp32
+
+
+def test_locked_commit_and_local_header_are_shown(tmp_path: Path, tiny_model: MakesModel, local: Local) -> None:
+    model = str(tiny_model("llama"))
+    hub.LOCK.write_text(f"acme/x@main: {'ab' * 20}\n")
+    text = printed(local(one={"base": model, "anchor": model, "experts": {"far": "hub:acme/x@main"}}))
+    assert "(headers; 2 of 3 models are here and agree)" in text
+    assert f"  base: local:{Path(model).name} (here)" in text and model not in text
+    assert "  experts.far: hub:acme/x@main (to be fetched, commit abababababab)" in text
+
+
+def test_shapes_that_nothing_tells_are_said_to_be_unknown(local: Local) -> None:
+    text = printed(
+        local(one={"base": "hub:acme/x@main", "anchor": "hub:acme/y@main", "experts": {"z": "hub:a/z@main"}})
+    )
+    assert "one: size not known yet (the base is not here yet)" in text and "Hours" not in text
+
+
+def test_conflicts_of_all_families_come_at_once(tiny_model: MakesModel, local: Local) -> None:
+    llama, mistral = str(tiny_model("llama")), str(tiny_model("mistral"))
+    experiment = local(
+        one={"base": llama, "anchor": mistral, "experts": {"far": "hub:acme/x@main"}},
+        two={"base": mistral, "anchor": mistral, "experts": {"odd": llama, "gone": "/nowhere"}},
+        three={"base": llama, "anchor": llama, "experts": {"odd": mistral}},
+    )
+    with pytest.raises(BadRequest) as caught:
+        print_plan(experiment, Console(file=io.StringIO()))
+    keys = [fault.where.split(":")[0] for fault in caught.value.faults]
+    assert keys == ["family.anchor"] * 2 + ["family.experts.gone"] + ["family.experts.odd"] * 2
+
+
+def test_what_the_hub_would_refuse_is_asked_where_it_is_on(
+    tiny_model: MakesModel, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def refusals(references: dict[str, hub.Reference]) -> list[Fault]:
+        asked.append([f"{where} {reference.key}" for where, reference in references.items()])
+        return [Fault(where, f"no {reference.name}", "x") for where, reference in references.items()]
+
+    model = str(tiny_model("llama"))
+    one = {"base": model, "anchor": "hub:acme/a@main", "experts": {"x": "hub:acme/x@v1"}}
+    experiment = local(one=one, two={**one, "anchor": model}, three={**one, "anchor": model, "experts": {"x": model}})
+    monkeypatch.setattr(hub, "refusals", refusals)
+    printed(experiment)
+    assert not asked
+    monkeypatch.setenv(hub.ONLINE, "1")
+    with pytest.raises(BadRequest) as caught:
+        printed(experiment)
+    assert asked == [["family.anchor acme/a@main", "family.experts.x acme/x@v1"], ["family.experts.x acme/x@v1"]]
+    assert [fault.given for fault in caught.value.faults] == ["no acme/a", "no acme/x"]  # each fault once
+
+
+def test_every_cell_is_in_one_job(tmp_path: Path) -> None:
+    experiment = paper(tmp_path)
+    jobs = {(job.zoo.family.name, job.zoo.seed): job.cells for job in jobs_of(experiment)}
+    assert len(jobs) == 15
+    settings = sum(len(row.settings) for row in experiment.grid.rows.values())
+    rows, models = len(experiment.grid.row_names()), {"paper/llama3": 7, "paper/mistral": 5}
+    for family, count in models.items():
+        first = jobs[family, 0]
+        assert len([cell for cell in first if cell.split == "test"]) == rows + count
+        assert len([cell for cell in first if cell.split == "dev"]) == settings + count
+    assert all(cell.merger is not None and cell.merger.stochastic for cell in jobs["paper/llama3", 1])
+    assert len([c for c in jobs["paper/mistral", 2] if c.split == "test"]) == rows + 5  # models of its own
+
+
+def test_hours_grow_with_what_is_asked(tmp_path: Path, tiny_model: MakesModel, local: Local) -> None:
+    model = str(tiny_model("llama"))
+    experiment = local(one={"base": model, "anchor": model, "experts": {"x": model}})
+    tensors, _ = plan.shapes(experiment.zoos[0], plan.present(experiment.zoos[0]))
+    assert tensors is not None
+    (job,) = jobs_of(experiment)
+
+    def hours(cells: Any) -> dict[str, float]:
+        needs = plan.needs_of([job._replace(cells=cells)], tensors, {})
+        return {stage: work.hours(costs.MACHINES[1]) for stage, work in needs.work.items()}
+
+    identity = [cell for cell in job.cells if cell.merger is None]
+    all_of_it, only_models, twice = hours(job.cells), hours(identity), hours([*job.cells, *job.cells])
+    assert only_models["merging"] == 0 < all_of_it["merging"] and all_of_it["training"] == 0
+    assert 0 < only_models["statistics"] < all_of_it["statistics"]  # geometry alone needs some
+    assert twice["statistics"] == all_of_it["statistics"]  # made once
+    assert twice["scoring"] == pytest.approx(2 * all_of_it["scoring"])
+    assert twice["merging"] == pytest.approx(2 * all_of_it["merging"])
+
+
+def test_prompts_are_counted_where_the_corpus_is_made(tmp_path: Path) -> None:
+    zoo = replace(paper(tmp_path).zoos[0], store=Store(tmp_path / "store"))
+    assert plan._prompts(zoo, "dev") == plan.PROMPTS["dev"]
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "dev").mkdir()
+        (folder / "dev" / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+        (folder / "dev" / "b.jsonl").write_text('{"id": 3}\n')
+        return {"digest": "x"}
+
+    object.__setattr__(zoo, "_write_corpus", make)
+    assert zoo.prompts.path.is_dir()
+    assert plan._prompts(zoo, "dev") == 3
+
+
+def test_slurm_launcher_composes_with_its_plugin(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'alignmerge[cluster]'")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=main", f"store={tmp_path}"]
+        config = compose("config", overrides, return_hydra_config=True)
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(launcher, dict)
+    assert launcher["_target_"].endswith("SlurmLauncher") and launcher["partition"] == "main"
+    assert launcher["submitit_folder"] == f"{tmp_path}/.sweeps/.submitit/%j"  # scripts and logs: beside the store
+    assert launcher["cpus_per_task"] >= max(family_of(path).threads for path in PAPER)
