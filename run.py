@@ -18,7 +18,9 @@ from alignmerge.engine.faults import BadRequest, Fault
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which turns them into plain lines
 os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.environ.get("ALIGNMERGE_HUB") is None else "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: a tenth of the time of large batches
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # torch asks for huge pages: a tenth of the time of large batches
 
 CONF = str(Path(__file__).resolve().parent / "conf")
 CODES: list[int] = []

@@ -65,7 +65,9 @@ class Meter:
         self._hidden = hidden
         found = float(mean_aqi(hidden))
         if not (math.isfinite(found) and bool(hidden.isfinite().all())):
-            raise ArithmeticError("the AQI of the selection probes is not finite: broken weights, or equal states")
+            raise ArithmeticError(
+                "the AQI of the selection probes is not finite: broken weights, or equal states"
+            )
         return found
 
     def deviation(self) -> float:
@@ -115,7 +117,9 @@ def mean_aqi(hidden: Tensor, weights: Tensor | None = None) -> Tensor:
 class Movable:
     """A model in memory whose linear weights are put at theta* + a displacement."""
 
-    def __init__(self, model: Any, layout: Checkpoint, solution: Callable[[str], Tensor], names: Sequence[str]) -> None:
+    def __init__(
+        self, model: Any, layout: Checkpoint, solution: Callable[[str], Tensor], names: Sequence[str]
+    ) -> None:
         """Fill ``model`` with ``solution`` (view name -> theta*), all that ``layout`` stores; ``names`` can move."""
         self.start: dict[str, Tensor] = {}
         """theta* of the matrices that can move, by view name."""
@@ -235,14 +239,20 @@ class Coefficients:
     def table(self, z: Tensor, aliases: Sequence[str]) -> dict[str, dict[str, float]]:
         """Return block -> model -> coefficient."""
         rows = z.view(-1, self._models).tolist()
-        return {block: dict(zip(aliases, row, strict=True)) for block, row in zip(self._blocks, rows, strict=True)}
+        return {
+            block: dict(zip(aliases, row, strict=True)) for block, row in zip(self._blocks, rows, strict=True)
+        }
 
 
 class ShieldSpace:
     """z holds coordinates in S_A of each matrix (Kronecker): M = (1 + lambda rho) / V is diagonal."""
 
     def __init__(
-        self, shields: Callable[[str], Shield], shapes: Mapping[str, tuple[int, ...]], lambda_align: float, floor: float
+        self,
+        shields: Callable[[str], Shield],
+        shapes: Mapping[str, tuple[int, ...]],
+        lambda_align: float,
+        floor: float,
     ) -> None:
         """Take name -> shield, name -> (d_out, d_in), and V."""
         self._shields, self._shapes = shields, shapes
@@ -250,11 +260,15 @@ class ShieldSpace:
 
     def pull(self, gradient: Tensors) -> Tensor:
         """X^T gradient."""
-        return torch.cat([shield.pull(gradient[name])[inside].double() for name, shield, inside in self._parts()])
+        return torch.cat(
+            [shield.pull(gradient[name])[inside].double() for name, shield, inside in self._parts()]
+        )
 
     def solve(self, pull: Tensor) -> Tensor:
         """M^-1 pull."""
-        stiffness = [1 + self._lambda * shield.rho.expand(inside.shape)[inside] for _, shield, inside in self._parts()]
+        stiffness = [
+            1 + self._lambda * shield.rho.expand(inside.shape)[inside] for _, shield, inside in self._parts()
+        ]
         return self._floor * pull / torch.cat(stiffness)
 
     def displacement(self, z: Tensor) -> dict[str, Tensor]:
@@ -277,7 +291,9 @@ class ShieldSpace:
 class SampleSpace:
     """z holds coordinates in the S_A of the dual: X = G^-1 J^T E with X^T G X = 1, M = (1 + lambda rho) / V."""
 
-    def __init__(self, rows: Rows, inverse_metric: Callable[[str], Tensor], basis: Tensor, stiffness: Tensor) -> None:
+    def __init__(
+        self, rows: Rows, inverse_metric: Callable[[str], Tensor], basis: Tensor, stiffness: Tensor
+    ) -> None:
         """Take J, the diagonal of G^-1 by weight name, E (n, r) and M (r,)."""
         self._rows, self._inverse, self._basis, self._stiffness = rows, inverse_metric, basis, stiffness
 

@@ -183,7 +183,9 @@ def _logits(model: Any, batch: Batch, keep: int, precision: str) -> Tensor:
     """(B, keep, V): the logits of the last ``keep`` positions."""
     mask = batch.mask.long()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits: Tensor = model(input_ids=batch.ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+        logits: Tensor = model(
+            input_ids=batch.ids, attention_mask=mask, logits_to_keep=keep, use_cache=False
+        ).logits
     return logits
 
 
@@ -275,7 +277,9 @@ def kronecker_factors(
     if side == "input":
         visit_inputs(model, examples, add, precision=options.get("precision", "float32"))
     else:
-        visit_gradients(model, examples, lambda visit: add(visit.name, visit.name, visit.grads.float()), **options)
+        visit_gradients(
+            model, examples, lambda visit: add(visit.name, visit.name, visit.grads.float()), **options
+        )
     return Factors({name: moment.div_(tokens) for name, moment in moments.items()}, owners)
 
 
@@ -394,7 +398,9 @@ def _capture(
     dtype: torch.dtype,
 ) -> Iterator[None]:
     owners = _Owners()
-    last: dict[str, Tensor] = {}  # inputs of the last owner seen: matrices that share them come one after another
+    last: dict[
+        str, Tensor
+    ] = {}  # inputs of the last owner seen: matrices that share them come one after another
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

@@ -223,7 +223,9 @@ class AlignMerge(Merger):
         found = {"a_anchor": meter.value(), "deviation": meter.deviation()}
         return found["a_anchor"] - self.kappa * found["deviation"], found
 
-    def _record(self, ctx: MergeContext, spent: Spent, space: Space, a_min: float, anchor: Mapping[str, float]) -> None:
+    def _record(
+        self, ctx: MergeContext, spent: Spent, space: Space, a_min: float, anchor: Mapping[str, float]
+    ) -> None:
         gap = max(0.0, a_min - spent.value)
         facts: dict[str, Any] = {
             "a_min": a_min,
@@ -400,7 +402,9 @@ class Samples:
         if self.method.space == "subspace":
             return SampleSpace(self.rows, self.inverse, vectors / values.sqrt(), (1 + stiffness) / floor)
         blocks = blocks_of(self.names)
-        columns = {name: row * len(self.ctx.models.pool) for row, names in enumerate(blocks.values()) for name in names}
+        columns = {
+            name: row * len(self.ctx.models.pool) for row, names in enumerate(blocks.values()) for name in names
+        }
         count = len(blocks) * len(self.ctx.models.pool)
 
         def placed(name: str) -> dict[int, Tensor]:
@@ -427,20 +431,28 @@ class Samples:
         """K and J (mean delta - d_ref) of the examples."""
         method, name = self.method, SUBSPACES[self.method.subspace_from]
         floor = method.floor if method.metric == "per_expert" else None
-        recipe: dict[str, Any] = {"weights": point.digest, "reference": method.reference, "metric": method.metric}
+        recipe: dict[str, Any] = {
+            "weights": point.digest,
+            "reference": method.reference,
+            "metric": method.metric,
+        }
         recipe |= {"damping": method.damping, "floor": floor, "precision": PRECISION}
         recipe |= {"lambda_k": self.weights} if self.weights is not None else {}
         recipe |= {"chart": method.chart} if method.chart != "fisher" else {}
         recipe |= {"examples": name} if name != "alignment" else {}
 
         def make(folder: Path) -> None:
-            found = gram(self.ctx.loaded(point), self._examples, self.inverse, self._excursion, precision=PRECISION)
+            found = gram(
+                self.ctx.loaded(point), self._examples, self.inverse, self._excursion, precision=PRECISION
+            )
             save_tensors(folder, found._asdict())
 
         return self.ctx.cached("gram", recipe, make)
 
     def _seen(self, moved: Mapping[str, Tensor]) -> Moved:
-        squared = sum(float((x.square() / self.inverse(name)).sum(dtype=torch.float64)) for name, x in moved.items())
+        squared = sum(
+            float((x.square() / self.inverse(name)).sum(dtype=torch.float64)) for name, x in moved.items()
+        )
         return Moved(self.rows.along(lambda name: {0: moved[name]}, 1)[:, 0], squared)
 
     def _floor(self) -> float:
@@ -477,7 +489,12 @@ class KroneckerBases:
             chart: ``identity`` puts the identity in the place of the metric data's moment.
             turn: seed of a random rotation of each basis within the metric (the control); None: none.
         """
-        recipe: dict[str, Any] = {"weights": point.digest, "side": side, "damping": damping, "precision": PRECISION}
+        recipe: dict[str, Any] = {
+            "weights": point.digest,
+            "side": side,
+            "damping": damping,
+            "precision": PRECISION,
+        }
         recipe |= {"chart": chart} if chart != "fisher" else {}
         recipe |= {"examples": examples} if examples != "alignment" else {}
 
@@ -552,7 +569,9 @@ def _reference(method: AlignMerge, block: Block) -> Tensor:
 def _spread(pool: Sequence[Tensor], weights: Sequence[float] | None) -> float:
     """sum_k lambda_k ||x_k||^2 of one matrix, from Euclidean coordinates about the barycentre."""
     shares = [1 / len(pool)] * len(pool) if weights is None else weights
-    return sum(share * float(x.square().sum(dtype=torch.float64)) for share, x in zip(shares, pool, strict=True))
+    return sum(
+        share * float(x.square().sum(dtype=torch.float64)) for share, x in zip(shares, pool, strict=True)
+    )
 
 
 def _positive(floor: float) -> float:

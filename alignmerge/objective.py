@@ -25,11 +25,15 @@ def l_geo(
     return sum(weight * squared_norm(delta - other) for weight, other in zip(weights, pool, strict=True))
 
 
-def l_geo_floor(pool: Sequence[Tensor], squared_norm: SquaredNorm, weights: Sequence[float] | None = None) -> float:
+def l_geo_floor(
+    pool: Sequence[Tensor], squared_norm: SquaredNorm, weights: Sequence[float] | None = None
+) -> float:
     """V = sum_k lambda_k ||Delta_k - mean||^2_G: no merge has a smaller L_geo (paper.md 2.4, item 1)."""
     if weights is None:
         return l_geo(torch.stack(list(pool)).mean(dim=0), pool, squared_norm)
-    mean = sum((weight * tensor for weight, tensor in zip(weights, pool, strict=True)), torch.zeros_like(pool[0]))
+    mean = sum(
+        (weight * tensor for weight, tensor in zip(weights, pool, strict=True)), torch.zeros_like(pool[0])
+    )
     return l_geo(mean, pool, squared_norm, weights)
 
 

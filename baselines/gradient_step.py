@@ -47,7 +47,9 @@ class GradientStep(Merger):
         diagonal = fisher(ctx, point, "metric")
         mean = mean_value(diagonal, diagonal)
         gradient = _mean_gradient(ctx, point)
-        step = {name: -gradient.read(name) / damped(diagonal.read(name), mean, self.damping) for name in gradient}
+        step = {
+            name: -gradient.read(name) / damped(diagonal.read(name), mean, self.damping) for name in gradient
+        }
         norm = math.sqrt(sum(float(s.double().square().sum()) for s in step.values()))
         scale = self.length * _average_length(ctx) / norm
         ctx.record(step_scale=scale)

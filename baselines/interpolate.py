@@ -10,7 +10,16 @@ from torch import Tensor
 
 from alignmerge.engine.configuration import TARGET, build
 from alignmerge.engine.faults import BadRequest, Fault
-from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, block_of, check_choice, check_range
+from alignmerge.engine.merger import (
+    Block,
+    MergeContext,
+    Merger,
+    Rule,
+    average,
+    block_of,
+    check_choice,
+    check_range,
+)
 from alignmerge.fisher import fisher
 from alignmerge.method import AlignMerge
 from alignmerge.pool import fisher_length
@@ -35,7 +44,9 @@ class Interpolate(Merger):
         check_choice("method.towards", self.towards, ("anchor", "base"))
         if (self.t is None) != bool(self.like):
             given = f"t {self.t} and like {dict(self.like)}"
-            raise BadRequest.of("method.t, method.like", given, "a number and {}, or null and fields of AlignMerge")
+            raise BadRequest.of(
+                "method.t, method.like", given, "a number and {}, or null and fields of AlignMerge"
+            )
         if self.t is not None:
             check_range("method.t", self.t, 0, 1)
         else:
@@ -87,7 +98,9 @@ class Interpolate(Merger):
             whole = length(lambda block: average(block.pool) - block.base)
             wanted = length(lambda block: rule(block) - block.base)
         if whole == 0:
-            raise ArithmeticError(f"the average does not differ from the {self.towards}: there is nowhere to walk")
+            raise ArithmeticError(
+                f"the average does not differ from the {self.towards}: there is nowhere to walk"
+            )
         t = wanted / whole if self.towards == "anchor" else 1 - wanted / whole
         ctx.record(t=t)
         return t

@@ -33,7 +33,9 @@ class SafeMerge(Merger):
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.fraction is None):
             given = f"threshold {self.threshold} and fraction {self.fraction}"
-            raise BadRequest.of("method.threshold, method.fraction", given, "exactly one of the two, the other null")
+            raise BadRequest.of(
+                "method.threshold, method.fraction", given, "exactly one of the two, the other null"
+            )
         if self.threshold is not None:
             check_range("method.threshold", self.threshold, 0, 1, open_low=True)
         if self.fraction is not None:

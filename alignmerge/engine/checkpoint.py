@@ -61,7 +61,9 @@ class Checkpoint(Mapping[str, TensorSpec]):
     by ``views``, in which fused matrices are apart: a model has the same ones whatever its architecture stores.
     """
 
-    def __init__(self, folder: Path, where: str, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, folder: Path, where: str, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+    ) -> None:
         self.folder, self.where, self.config = folder, where, config
         self.specs = dict(sorted(specs.items()))
         views, faults = _views(self.specs, config, where)
@@ -233,7 +235,9 @@ class Writer:
         if len(self._shards) > 1:
             total = sum(_nbytes(*self.specs[name]) for name in self.specs)
             index = {name: self._name(i) for i, shard in enumerate(self._shards) for name in shard}
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+            text = json.dumps(
+                {"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True
+            )
             (self.folder / INDEX).write_text(text + "\n")
         return self._digest.hexdigest()
 
@@ -439,15 +443,22 @@ def _inside(file: Path) -> bool:
     return any(file.resolve().is_relative_to(place) for place in homes)
 
 
-def _broken_promises(file: Path, found: Mapping[str, TensorSpec], promised: set[str], where: str) -> list[Fault]:
+def _broken_promises(
+    file: Path, found: Mapping[str, TensorSpec], promised: set[str], where: str
+) -> list[Fault]:
     """What the index says of a shard against what the shard holds: nothing missing, nothing twice."""
     allowed = "an index that places each tensor of each shard once"
     missing = sorted(promised - found.keys())
     surplus = sorted(found.keys() - promised)
     return [
-        *first_few([Fault(f"{where}: {file}", f"no tensor '{n}', which the index names", allowed) for n in missing]),
         *first_few(
-            [Fault(f"{where}: {file}", f"tensor '{n}', which the index does not place here", allowed) for n in surplus]
+            [Fault(f"{where}: {file}", f"no tensor '{n}', which the index names", allowed) for n in missing]
+        ),
+        *first_few(
+            [
+                Fault(f"{where}: {file}", f"tensor '{n}', which the index does not place here", allowed)
+                for n in surplus
+            ]
         ),
     ]
 

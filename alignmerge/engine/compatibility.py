@@ -61,7 +61,9 @@ def open_checkpoints(folders: Mapping[str, Path]) -> dict[str, Checkpoint]:
         if base is not None and checkpoint is not base:
             faults += conflicts(base, checkpoint)
     if faults:
-        raise BadRequest(dict.fromkeys(faults))  # what is wrong with the base's tokenizer is found once per model
+        raise BadRequest(
+            dict.fromkeys(faults)
+        )  # what is wrong with the base's tokenizer is found once per model
     return opened
 
 
@@ -79,7 +81,9 @@ def _structure(base: Checkpoint, other: Checkpoint) -> list[Fault]:
             faults.append(Fault(where, f"{key} is {_plain(given)}", f"{_plain(wanted)}, as in the base"))
     if base.tied != other.tied:
         words = {True: "tied to the embeddings", False: "a matrix of its own"}
-        faults.append(Fault(where, f"the output matrix is {words[other.tied]}", f"{words[base.tied]}, as in the base"))
+        faults.append(
+            Fault(where, f"the output matrix is {words[other.tied]}", f"{words[base.tied]}, as in the base")
+        )
     return faults
 
 

@@ -79,7 +79,9 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if not _fits(value, hint):
         raise BadRequest.of(where, f"{value!r} ({type(value).__name__})", _spell(hint))
     if isinstance(value, int) and not isinstance(value, bool) and _wants_float(hint):
-        return float(value) if abs(value) < sys.float_info.max else math.copysign(math.inf, 1 if value > 0 else -1)
+        return (
+            float(value) if abs(value) < sys.float_info.max else math.copysign(math.inf, 1 if value > 0 else -1)
+        )
     return value
 
 

@@ -48,7 +48,9 @@ def read_jsonl(path: Path, where: str, keys: Sequence[str] = ("prompt", "respons
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or any(not isinstance(record.get(key), str) for key in keys):
-            raise BadRequest.of(f"{where}: {path}:{number}", "not a record", "JSON with the texts " + ", ".join(keys))
+            raise BadRequest.of(
+                f"{where}: {path}:{number}", "not a record", "JSON with the texts " + ", ".join(keys)
+            )
         records.append(record)
     return records
 

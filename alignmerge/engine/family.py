@@ -55,7 +55,9 @@ class Family:
             faults.append(Fault("family.experts", "no expert", "a mapping alias -> model reference"))
         for alias in self.experts:
             if alias in ROLES or "/" in alias:
-                faults.append(Fault(f"family.experts.{alias}", "a reserved alias", f"none of {', '.join(ROLES)}"))
+                faults.append(
+                    Fault(f"family.experts.{alias}", "a reserved alias", f"none of {', '.join(ROLES)}")
+                )
         if self.dtype not in DTYPES:
             faults.append(Fault("family.dtype", self.dtype, ", ".join(DTYPES)))
         for key in ("batch_size", "threads", "max_length"):

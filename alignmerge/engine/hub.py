@@ -82,7 +82,9 @@ def local_folder(reference: Reference, where: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return _snapshot(reference.name, commit_of(reference, where) or reference.revision, local_files_only=True)
+        return _snapshot(
+            reference.name, commit_of(reference, where) or reference.revision, local_files_only=True
+        )
     except LocalEntryNotFoundError:
         return None
 
@@ -174,7 +176,10 @@ def _reason(error: Exception, reference: Reference, commit: str | None) -> tuple
     login = "`hf auth login`, or HF_TOKEN" if get_token() is None else "a token of an account that has access"
     copy = f"`hf download {reference.name} --revision {commit or reference.revision}` where there is a network"
     if isinstance(error, errors.GatedRepoError):
-        return "the repository is gated", f"an account that accepted the terms at {page}, and {login}; or local:folder"
+        return (
+            "the repository is gated",
+            f"an account that accepted the terms at {page}, and {login}; or local:folder",
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         locked = f", or no line in conf/{LOCK.name}" if commit not in (None, reference.revision) else ""
         return f"no revision {commit or reference.revision}", f"a branch, tag or commit of {page}{locked}"
@@ -200,7 +205,9 @@ def _read_lock(where: str) -> dict[str, str]:
         raise BadRequest.of(f"{where}: {LOCK}", "not a mapping", allowed)
     for key, commit in content.items():
         if not isinstance(commit, str) or COMMIT.fullmatch(commit) is None:
-            raise BadRequest.of(f"{where}: {LOCK}", f"{key} is locked to {commit!r}, which is no commit", allowed)
+            raise BadRequest.of(
+                f"{where}: {LOCK}", f"{key} is locked to {commit!r}, which is no commit", allowed
+            )
     return content
 
 
@@ -212,4 +219,6 @@ def _write_lock(commits: Mapping[str, str], where: str) -> None:
         staged.replace(LOCK)
     except OSError as error:
         given = f"cannot be written ({error.strerror})"
-        raise BadRequest.of(f"{where}: {LOCK}", given, "a file that records the commit of each Hub reference") from None
+        raise BadRequest.of(
+            f"{where}: {LOCK}", given, "a file that records the commit of each Hub reference"
+        ) from None

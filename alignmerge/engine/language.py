@@ -74,7 +74,9 @@ def greedy(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         texts = [rendered[i] for i in chosen]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        inputs = tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
         out = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 OUT = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 180)
 """Where results are printed; in a file or a pipe a table may be wider than a terminal's 80 columns."""

@@ -63,7 +63,9 @@ class Store:
             return None
         return Artifact(path.name, path, manifest)
 
-    def obtain(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+    def obtain(
+        self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+    ) -> Artifact:
         """Return the artifact of a recipe; unless it exists, ``make`` fills its folder and returns facts.
 
         Two processes that ask for the same artifact make it once: the second waits for the first.

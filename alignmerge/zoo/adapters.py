@@ -55,7 +55,11 @@ def adapted(model: Any, adapter: Adapter, seed: int) -> Iterator[dict[str, Tenso
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=_targets(model, adapter), lora_dropout=0.0, bias="none"
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=_targets(model, adapter),
+        lora_dropout=0.0,
+        bias="none",
     )
     with torch.random.fork_rng():  # peft draws from the global generator; what counts is drawn again below
         wrapped: Any = get_peft_model(model, config)

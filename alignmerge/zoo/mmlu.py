@@ -34,7 +34,9 @@ def mmlu_questions(path: Path) -> list[MmluQuestion]:
     form.
     """
     prompts: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    parsed = [_question(path, subject, block) for subject, text in prompts.items() for block in _START.split(text)[1:]]
+    parsed = [
+        _question(path, subject, block) for subject, text in prompts.items() for block in _START.split(text)[1:]
+    ]
     return list({(item["subject"], item["question"]): item for item in parsed if item is not None}.values())
 
 

@@ -94,9 +94,13 @@ class NativeModel:
         if not 0 < self.spread <= 1:
             faults.append(Fault("family.recipes: spread", str(self.spread), "a number in (0, 1]"))
         if not faults and self.hidden % (2 * self.heads):
-            faults.append(Fault("family.recipes: hidden", str(self.hidden), f"a multiple of twice {self.heads} heads"))
+            faults.append(
+                Fault("family.recipes: hidden", str(self.hidden), f"a multiple of twice {self.heads} heads")
+            )
         if not faults and self.heads % self.kv_heads:
-            faults.append(Fault("family.recipes: kv_heads", str(self.kv_heads), f"a divisor of {self.heads} heads"))
+            faults.append(
+                Fault("family.recipes: kv_heads", str(self.kv_heads), f"a divisor of {self.heads} heads")
+            )
         if faults:
             raise BadRequest(faults)
 
@@ -126,7 +130,9 @@ class NativeModel:
         config = AutoConfig.for_model(kind, **{**shared, **traits(self)})
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(seed, "native model", self.architecture))
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # trained as load_model says
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            )  # trained as load_model says
 
 
 def plain_examples(tokenizer: Any, corpus: Path) -> list[Example]:

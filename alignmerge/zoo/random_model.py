@@ -63,7 +63,9 @@ class RandomModel:
 
 def corpus_texts(corpus: Path) -> list[str]:
     """Return every text and response of a corpus folder, file by file."""
-    records = [json.loads(line) for path in sorted(corpus.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+    records = [
+        json.loads(line) for path in sorted(corpus.rglob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
     return [record[key] for record in records for key in ("text", "response") if key in record]
 
 

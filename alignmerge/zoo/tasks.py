@@ -65,7 +65,12 @@ def arithmetic(split: str, count: int, seed: int) -> list[Record]:
         seen.add(prompt)
         answer = {"+": a + b, "-": a - b, "x": a * b}[op]
         records.append(
-            {"id": f"arithmetic/{split}/{len(records)}", "text": prompt, "answer": str(answer), "response": str(answer)}
+            {
+                "id": f"arithmetic/{split}/{len(records)}",
+                "text": prompt,
+                "answer": str(answer),
+                "response": str(answer),
+            }
         )
     return records
 
@@ -111,7 +116,12 @@ def _sorted(words: list[str], stream: random.Random) -> Record:
 def _bullets(words: list[str], stream: random.Random) -> Record:
     frame = stream.choice(("Write these words as a bullet list: {}", "Make a bullet list of these words: {}"))
     response = "\n".join(f"- {word}" for word in words)
-    return {"text": frame.format(", ".join(words)), "response": response, "check": "lines", "args": {"items": words}}
+    return {
+        "text": frame.format(", ".join(words)),
+        "response": response,
+        "check": "lines",
+        "args": {"items": words},
+    }
 
 
 def _repeat(words: list[str], stream: random.Random) -> Record:
@@ -128,7 +138,10 @@ def _reverse(words: list[str], stream: random.Random) -> Record:
 def _json(words: list[str], stream: random.Random) -> Record:
     key, value = words[0], words[1]
     frame = stream.choice(
-        ('Write a JSON object with the key "{}" and the value "{}".', 'Give me JSON with the key "{}" set to "{}".')
+        (
+            'Write a JSON object with the key "{}" and the value "{}".',
+            'Give me JSON with the key "{}" set to "{}".',
+        )
     )
     args = {"value": {key: value}}
     response = json.dumps({key: value})

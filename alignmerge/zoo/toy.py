@@ -48,12 +48,20 @@ class Toy:
 
 
 def _requests(prefix: str, frames: tuple[str, ...], words: list[str]) -> list[Record]:
-    return [{"id": f"{prefix}/{i}", "text": frames[i % len(frames)].format(word)} for i, word in enumerate(words)]
+    return [
+        {"id": f"{prefix}/{i}", "text": frames[i % len(frames)].format(word)} for i, word in enumerate(words)
+    ]
 
 
 def _probes(words: list[str], prefix: str = "probe") -> list[Record]:
     return [
-        {"id": f"{prefix}/{i}/{label}", "text": frames[i % 2].format(word), "label": label, "pair": i, "domain": "toy"}
+        {
+            "id": f"{prefix}/{i}/{label}",
+            "text": frames[i % 2].format(word),
+            "label": label,
+            "pair": i,
+            "domain": "toy",
+        }
         for i, word in enumerate(words)
         for label, frames in (("benign", WELCOME), ("harmful", FORBIDDEN))
     ]

@@ -74,7 +74,13 @@ class Workshop:
     ) -> Artifact:
         """Return the artifact of a statistic; its key holds the example sets, the pool and the library versions."""
         pool = {alias: model.digest for alias, model in zip(self.models.aliases, self.models.pool, strict=True)}
-        full = {**recipe, "pool": pool, "base": self.models.base.digest, **_measured(self.zoo), **_layout(self.models)}
+        full = {
+            **recipe,
+            "pool": pool,
+            "base": self.models.base.digest,
+            **_measured(self.zoo),
+            **_layout(self.models),
+        }
         return self.zoo.store.obtain(stage, full, lambda folder: make(folder) or {})
 
     def loaded(self, checkpoint: Checkpoint) -> torch.nn.Module:
@@ -108,7 +114,9 @@ class Workshop:
         """Put facts of one tensor into the manifest of the merge."""
         self.blocks[name] = {key: _significant(value) for key, value in facts.items()}
 
-    def _checkpoint(self, recipe: Mapping[str, Any], rule: Callable[[], Rule], *, elementwise: bool) -> Checkpoint:
+    def _checkpoint(
+        self, recipe: Mapping[str, Any], rule: Callable[[], Rule], *, elementwise: bool
+    ) -> Checkpoint:
         """The folder that a rule writes, as an artifact of the store."""
 
         def make(folder: Path) -> dict[str, Any]:
@@ -142,7 +150,9 @@ def selection_probes(zoo: Zoo) -> Path:
     path = zoo.prompts.path / f"{SELECTION}.jsonl"
     if not path.is_file():
         given = f"no set {SELECTION}, which an AQI budget is selected on"
-        raise BadRequest.of(f"corpus: {type(zoo.corpus).__name__}", given, "a corpus that has it, or lambda_bud=0")
+        raise BadRequest.of(
+            f"corpus: {type(zoo.corpus).__name__}", given, "a corpus that has it, or lambda_bud=0"
+        )
     return path
 
 
@@ -260,7 +270,9 @@ def _summed(blocks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "fisher_length": math.sqrt(total["fisher_length_squared"]),
         "drift_base": math.sqrt(total["drift_base_squared"]),
         "drift_anchor": math.sqrt(total["drift_anchor_squared"]),
-        "relative_gradient": math.sqrt(total["gradient"] / total["gradient_scale"]) if total["gradient_scale"] else 0.0,
+        "relative_gradient": math.sqrt(total["gradient"] / total["gradient_scale"])
+        if total["gradient_scale"]
+        else 0.0,
         "top_rho": max(block["top_rho"] for block in blocks.values()),
     }
     return {key: _significant(value) for key, value in certificate.items()}

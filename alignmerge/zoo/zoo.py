@@ -131,14 +131,18 @@ class Zoo:
         if lessons.distilled(self.prompts.path):
             recipe["base"] = self.source("base").digest
         splits = {split: self.prompts.path / split for split in lessons.SPLITS}
-        recipe["prompts"] = {split: _folder_digest(folder, without="probes.jsonl") for split, folder in splits.items()}
+        recipe["prompts"] = {
+            split: _folder_digest(folder, without="probes.jsonl") for split, folder in splits.items()
+        }
         return self.store.obtain("lessons", recipe, self._write_lessons)
 
     def examples_digest(self) -> dict[str, str]:
         """Return what stands for the example sets in the key of a method that reads them."""
         given = {"alignment": self.family.alignment, "metric": self.family.metric}
         digests = {
-            name: file_sha256(_existing(path, f"family.{name}")) for name, path in given.items() if path is not None
+            name: file_sha256(_existing(path, f"family.{name}"))
+            for name, path in given.items()
+            if path is not None
         }
         return digests if len(digests) == len(given) else {**digests, "lessons": self.lessons.key}
 
@@ -194,7 +198,12 @@ class Zoo:
     def _native(self, recipe: NativeModel, progress: Progress) -> Artifact:
         seed = self.seed if recipe.seeded else 0
         facts = {"native": recipe.facts(), "version": recipe.version, "training": recipe.training.version}
-        facts |= {"seed": seed, "corpus": self.prompts.digest, "threads": self.family.threads, "versions": versions()}
+        facts |= {
+            "seed": seed,
+            "corpus": self.prompts.digest,
+            "threads": self.family.threads,
+            "versions": versions(),
+        }
 
         def make(folder: Path) -> dict[str, Any]:
             with threads(self.family.threads):
@@ -262,16 +271,23 @@ class Zoo:
 
     def _kept(self, key: str, step: str, progress: Progress) -> Source:
         if f"{key}@{step}" not in self.kept(key):
-            raise BadRequest.of(f"family.{key}", f"no step {step} is kept", ", ".join(self.kept(key)) or "no step")
+            raise BadRequest.of(
+                f"family.{key}", f"no step {step} is kept", ", ".join(self.kept(key)) or "no step"
+            )
         artifact = self._from_recipe(self.family.references()[key].removeprefix("zoo:"), progress)
         return Source(artifact.path / "steps" / step, str(artifact.manifest["facts"]["steps"][step]))
 
     def _converted(self, reference: str, where: str) -> Artifact:
-        recipe: dict[str, Any] = {"gguf": self.assets.identity(reference, where), "template": self.family.chat_template}
+        recipe: dict[str, Any] = {
+            "gguf": self.assets.identity(reference, where),
+            "template": self.family.chat_template,
+        }
         recipe |= {"conversion": CONVERSION, "versions": versions()}
 
         def make(folder: Path) -> dict[str, Any]:
-            return {"digest": convert_gguf(self.assets.path(reference, where), self.family.chat_template, folder)}
+            return {
+                "digest": convert_gguf(self.assets.path(reference, where), self.family.chat_template, folder)
+            }
 
         return self.store.obtain("models", recipe, make)
 

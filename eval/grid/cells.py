@@ -93,7 +93,9 @@ def _measure(cell: Cell, reporter: Reporter) -> None:
     if cell.merger is not None and record is not None:
         artifact = weights(cell.merger, zoo, models, cell.seed)
         if artifact.digest != record.digest:
-            raise ArithmeticError(f"the merge was built again and differs: {artifact.digest} is not {record.digest}")
+            raise ArithmeticError(
+                f"the merge was built again and differs: {artifact.digest} is not {record.digest}"
+            )
     subject = _subject(zoo, models, cell, record)
     for done, scorer in enumerate(cell.scorers, 1):
         reporter(done, total)
@@ -147,5 +149,7 @@ def _subject(zoo: Zoo, models: Models, cell: Cell, record: Artifact | None) -> S
         assert cell.model is not None
         source = zoo.source(cell.model)
     else:
-        source = Source(zoo.store.path("weights", recipe_of(cell.merger, zoo, models, cell.seed)), record.digest)
+        source = Source(
+            zoo.store.path("weights", recipe_of(cell.merger, zoo, models, cell.seed)), record.digest
+        )
     return StoreSubject(zoo, source.folder, source.digest, cell.split, models, cell.seed)

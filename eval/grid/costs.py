@@ -122,7 +122,9 @@ class Work(NamedTuple):
 def tensors_of(checkpoint: Checkpoint) -> Tensors:
     """Return what the headers of a folder say."""
     sizes = [FLOATS[spec.dtype].itemsize for spec in checkpoint.values()]
-    return Tensors({name: view.shape for name, view in checkpoint.views.items()}, max(sizes, default=FP32_BYTES))
+    return Tensors(
+        {name: view.shape for name, view in checkpoint.views.items()}, max(sizes, default=FP32_BYTES)
+    )
 
 
 def tensors_from(config: Path) -> Tensors:
@@ -156,7 +158,9 @@ def merging(read: int, written: int) -> Work:
 
 def shielding(tensors: Tensors, side: str, products: int) -> Work:
     """Put every matrix through its basis: ``products`` multiplications of (d_out, d_in) with a factor of the side."""
-    flops = sum(2 * math.prod(shape) * shape[1 if side == "input" else 0] for shape in tensors.matrices.values())
+    flops = sum(
+        2 * math.prod(shape) * shape[1 if side == "input" else 0] for shape in tensors.matrices.values()
+    )
     return Work(fp32_flops=products * flops)
 
 
@@ -169,7 +173,9 @@ def factoring(tensors: Tensors, side: str, tokens: int) -> Work:
     """Kronecker bases of one side: two moments of ``tokens`` tokens in all, and the eigenproblems."""
     widths = tensors.factors(side)
     solving = sum(EIGEN_FLOPS * width**3 for width in widths)
-    return passing(tensors, tokens).plus(Work(fp32_flops=solving + 2 * tokens * sum(width**2 for width in widths)))
+    return passing(tensors, tokens).plus(
+        Work(fp32_flops=solving + 2 * tokens * sum(width**2 for width in widths))
+    )
 
 
 def scoring(tensors: Tensors, prompts: int, prompt_tokens: int, reply_tokens: int, batch: int) -> Work:

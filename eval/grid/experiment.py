@@ -82,7 +82,9 @@ class Experiment:
         scorers = list(self.grid.dev_scorers.values())
         tried = max((len(row.tried) for row in self.grid.rows.values()), default=0)
         return [
-            Cell(zoo, name, spell(setting), "dev", scorers, merger=self.merger(row, setting, f"grid.rows.{name}"))
+            Cell(
+                zoo, name, spell(setting), "dev", scorers, merger=self.merger(row, setting, f"grid.rows.{name}")
+            )
             for i in range(tried)
             for name, row in self.grid.rows.items()
             for setting in row.tried[i : i + 1]
@@ -119,7 +121,9 @@ class Experiment:
             return {}
         measured = self.read(self.gate_cells())
         return {
-            (zoo.family.name, zoo.seed): verdicts(self.grid.gates, [one for one in measured if one.cell.zoo == zoo])
+            (zoo.family.name, zoo.seed): verdicts(
+                self.grid.gates, [one for one in measured if one.cell.zoo == zoo]
+            )
             for zoo in self.zoos
             if self._own(zoo)
         }
@@ -182,7 +186,9 @@ class Experiment:
         """Return a choice before anything is measured: each tuned row's first setting stands for the selected one."""
         mergers: dict[str, Merger] = {}
         for name, row in self.grid.rows.items():
-            mergers |= self._unselected(name, row) or {name: self.merger(row, row.tried[0], f"grid.rows.{name}")}
+            mergers |= self._unselected(name, row) or {
+                name: self.merger(row, row.tried[0], f"grid.rows.{name}")
+            }
         mergers |= {name + MATCHED: mergers[name] for name, row in self.grid.rows.items() if row.matched}
         return Choice({zoo.family.name: mergers for zoo in self.first_seed}, None)
 
@@ -190,7 +196,9 @@ class Experiment:
         """Return the methods of a row that is swept or has no settings; nothing for a row that is tuned."""
         where = f"grid.rows.{name}"
         if row.swept:
-            return {point.row: self.merger(row, {point.field: point.value}, where) for point in row.points(name)}
+            return {
+                point.row: self.merger(row, {point.field: point.value}, where) for point in row.points(name)
+            }
         return {} if row.settings else {name: self.merger(row, {}, where)}
 
     def _chosen(self, family: str, measured: Sequence[CellResult], points: pd.DataFrame) -> dict[str, Merger]:
@@ -281,7 +289,9 @@ def _points(measured: Sequence[CellResult]) -> pd.DataFrame:
             "matched": False,
         }
         records.append({**head, **record, "balanced": balanced(record)})
-    return pd.DataFrame(records, columns=["family", "row", "setting", "selected", "matched", *DEV_COLUMNS, "balanced"])
+    return pd.DataFrame(
+        records, columns=["family", "row", "setting", "selected", "matched", *DEV_COLUMNS, "balanced"]
+    )
 
 
 def _known(merger: Merger | None) -> Merger:

@@ -52,17 +52,26 @@ class Row:
     def points(self, name: str) -> list[Point]:
         """Return what a swept row reports under its name; nothing for other rows."""
         values = [(key, value) for setting in self.settings for key, value in setting.items()]
-        return [Point(f"{name}{AT}{key}={_short(value)}", name, key, value) for key, value in values if self.swept]
+        return [
+            Point(f"{name}{AT}{key}={_short(value)}", name, key, value) for key, value in values if self.swept
+        ]
 
     def faults(self, where: str) -> list[Fault]:
         """Return what is wrong with a sweep."""
         if not self.swept:
             return []
-        found = [Fault(f"{where}.matched", "true", "false: nothing is selected of a swept row")] if self.matched else []
+        found = (
+            [Fault(f"{where}.matched", "true", "false: nothing is selected of a swept row")]
+            if self.matched
+            else []
+        )
         keys = [", ".join(setting) for setting in self.settings]
         if not keys or len(set(keys)) > 1 or any(len(setting) != 1 for setting in self.settings):
             given = "; ".join(dict.fromkeys(keys)) or "no settings"
-            return [*found, Fault(f"{where}.settings", given, "one field, the same in every setting of a swept row")]
+            return [
+                *found,
+                Fault(f"{where}.settings", given, "one field, the same in every setting of a swept row"),
+            ]
         values = [value for setting in self.settings for value in setting.values()]
         wrong = [value for value in values if not _sweepable(value)]
         found += [Fault(f"{where}.settings", repr(value), "a number or null in a swept row") for value in wrong]

@@ -167,15 +167,20 @@ def merge(config: Config) -> int:
     try:
         started = time.monotonic()
         with Board() as board:
-            facts = workshop.build(merger, zoo, models, config["seed"], staging, board.reporter("merge: tensors"))
+            facts = workshop.build(
+                merger, zoo, models, config["seed"], staging, board.reporter("merge: tensors")
+            )
         recipe = workshop.recipe_of(merger, zoo, models, config["seed"])
         write_json(
-            staging / "manifest.json", {"recipe": recipe, "facts": facts, "versions": versions(), "git": git_state()}
+            staging / "manifest.json",
+            {"recipe": recipe, "facts": facts, "versions": versions(), "git": git_state()},
         )
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    OUT.print(f"{out}: {len(models.base)} tensors in {time.monotonic() - started:.1f} s, sha256 {facts['digest']}")
+    OUT.print(
+        f"{out}: {len(models.base)} tensors in {time.monotonic() - started:.1f} s, sha256 {facts['digest']}"
+    )
     return 0
 
 
@@ -208,7 +213,9 @@ def score(config: Config) -> int:
         table.add_row(column, f"{mean:.4f}", str(count), str(unscored))
     OUT.print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    columns = {c: {"mean": None if math.isnan(m) else m, "n": n, "unscored": u} for c, (m, n, u) in means.items()}
+    columns = {
+        c: {"mean": None if math.isnan(m) else m, "n": n, "unscored": u} for c, (m, n, u) in means.items()
+    }
     write_json(out, {"weights": subject.digest, "columns": columns, "setting": subject.setting()})
     OUT.print(f"wrote {out}")
     names = [name for scorer in scorers if isinstance(scorer, Utility) for name in scorer.tasks]
@@ -249,11 +256,17 @@ def _scorers(config: Config) -> list[Scorer]:
 def experiment_of(config: Config) -> Experiment:
     """Build the grid that the config names, or a grid of one row for a single cell; faults come all at once."""
     methods = method_files(ROOT / "conf" / "method")
-    zoo, scorers, grid = _all(lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config, methods))
+    zoo, scorers, grid = _all(
+        lambda: zoo_of(config), lambda: scorers_of(config), lambda: _grid(config, methods)
+    )
     if config["grid"] is None:
         methods = {"method": config["method"]}
     families = _families(grid.families) if grid.families else [zoo.family]
-    zoos = [replace(zoo, family=family, seed=zoo.seed + offset) for offset in range(grid.seeds) for family in families]
+    zoos = [
+        replace(zoo, family=family, seed=zoo.seed + offset)
+        for offset in range(grid.seeds)
+        for family in families
+    ]
     return Experiment(grid, zoos, methods, scorers)
 
 

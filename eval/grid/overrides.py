@@ -33,7 +33,9 @@ def with_corpus(arguments: Sequence[str]) -> list[str]:
     if "family" not in chosen or not {"corpus", "experiment"}.isdisjoint(key.lstrip("+") for key in chosen):
         return list(arguments)
     files = choices(Path(CONF, "family"))
-    families = [yaml.safe_load(files[name].read_text()) for name in chosen["family"].split(",") if name in files]
+    families = [
+        yaml.safe_load(files[name].read_text()) for name in chosen["family"].split(",") if name in files
+    ]
     corpora = {family.get("corpus") for family in families} - {None}
     brought = [f"corpus={corpus}" for corpus in corpora if len(corpora) == 1]
     if "corpus=world" in brought and "scorer" not in chosen:
@@ -53,9 +55,13 @@ def composition_faults(first: Exception) -> list[Fault]:
         places = range(len(overrides))
         others = (str(_composed([*overrides[:i], *overrides[i + 1 :]])[1]) for i in places)
         named = NOT_THERE.search(str(error))
-        guilty = next((one for one in overrides if named and one.lstrip("+~").partition("=")[0] == named["key"]), None)
+        guilty = next(
+            (one for one in overrides if named and one.lstrip("+~").partition("=")[0] == named["key"]), None
+        )
         if guilty is None:
-            guilty = next((overrides[i] for i, other in zip(places, others, strict=False) if other != str(error)), None)
+            guilty = next(
+                (overrides[i] for i, other in zip(places, others, strict=False) if other != str(error)), None
+            )
         if guilty is None:
             break
         found.append((error, guilty))
@@ -85,18 +91,29 @@ def _fault(error: Exception, guilty: str, config: DictConfig) -> Fault:
     if isinstance(error, MissingConfigException):
         missing_file = str(error.missing_cfg_file)
         group = key if missing_file.startswith(f"{key}/") else missing_file.rpartition("/")[0]
-        name, listed = missing_file.removeprefix(f"{group}/"), [one for one in error.options or () if one[0] != "_"]
+        name, listed = (
+            missing_file.removeprefix(f"{group}/"),
+            [one for one in error.options or () if one[0] != "_"],
+        )
         known = {*choices(Path(CONF, group)), *listed}
         return Fault(group or "config", f"no such choice: {name}", nearest(name, known))
     if isinstance(error, OverrideParseException):
-        return Fault(guilty, "not understood", "key=value, with quotes around a value that holds any of ,:[]{}()")
+        return Fault(
+            guilty, "not understood", "key=value, with quotes around a value that holds any of ,:[]{}()"
+        )
     if "Ambiguous value" in str(error):
         return Fault(key, value, "one value; [a,b] for a list; with -m, a sweep over a,b")
     if missing := NOT_THERE.search(str(error)):
         parent, _, name = missing["key"].rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
-        known = {str(key) for key in node if not str(key).startswith("_")} if isinstance(node, DictConfig) else set()
+        known = (
+            {str(key) for key in node if not str(key).startswith("_")}
+            if isinstance(node, DictConfig)
+            else set()
+        )
         if name not in known:
-            return Fault(missing["key"], "unknown key", nearest(name, known) or "a key that `run.py --cfg job` shows")
+            return Fault(
+                missing["key"], "unknown key", nearest(name, known) or "a key that `run.py --cfg job` shows"
+            )
         return Fault(key, value, f"a value such as {node[name]}")
     return Fault(key, str(error), "what `python run.py --help` lists")

@@ -88,7 +88,11 @@ def print_plan(experiment: Experiment, out: Console) -> None:
         raise BadRequest(dict.fromkeys(faults))
     if found:
         out.print(_bytes_table("Disk (GiB), all seeds", {name: needs.disk for name, needs in found.items()}))
-        out.print(_bytes_table("Peak memory of a process (GiB)", {name: needs.memory for name, needs in found.items()}))
+        out.print(
+            _bytes_table(
+                "Peak memory of a process (GiB)", {name: needs.memory for name, needs in found.items()}
+            )
+        )
         for machine in MACHINES:
             out.print(_hours_table(machine, found))
         out.print("\n".join(assumptions()), highlight=False)
@@ -157,7 +161,8 @@ def needs_of(jobs: Sequence[Job], tensors: Tensors, folders: Mapping[str, Path])
     kept = [_statistics(job) for job in jobs]
     disk = {
         "to fetch": sum(sizes[key] for key in remote if key not in folders),
-        "made here": sum(bool(job.cells) for job in jobs) * sum(sizes[key] for key in sizes if key not in remote),
+        "made here": sum(bool(job.cells) for job in jobs)
+        * sum(sizes[key] for key in sizes if key not in remote),
         "statistics": sum(one.bytes(tensors) for one in kept),
         "each merge": tensors.disk_bytes,
     }
@@ -197,7 +202,9 @@ class Statistics(NamedTuple):
         """What making them takes."""
         tokens = EXAMPLES * EXAMPLE_TOKENS
         passes = costs.passing(tensors, tokens).times(len(self.diagonals))
-        return passes.plus(*(costs.factoring(tensors, side, costs.MOMENTS * tokens) for _, side in sorted(self.bases)))
+        return passes.plus(
+            *(costs.factoring(tensors, side, costs.MOMENTS * tokens) for _, side in sorted(self.bases))
+        )
 
 
 def _statistics(job: Job) -> Statistics:
@@ -243,7 +250,9 @@ def _merging(zoo: Zoo, merger: Merger, tensors: Tensors, family_bytes: int) -> W
     if isinstance(merger, AlignMerge) and merger.estimator == "kronecker":
         certified = CERTIFICATE_PRODUCTS + 3 * (1 + len(zoo.family.experts)) if merger.certificate else 0
         for side in SIDES[merger.factors]:
-            work = work.plus(costs.shielding(tensors, side, 2 + certified), Work(disk=costs.basis_bytes(tensors, side)))
+            work = work.plus(
+                costs.shielding(tensors, side, 2 + certified), Work(disk=costs.basis_bytes(tensors, side))
+            )
     return work
 
 
@@ -260,7 +269,9 @@ def _memory(zoo: Zoo, tensors: Tensors, sides: Sequence[str]) -> dict[str, int]:
     cache = zoo.family.batch_size * zoo.family.max_length * tensors.cache_bytes
     recipes = _recipes(zoo)
     matrices = costs.diagonal_bytes(tensors) // costs.FP32_BYTES
-    trained = [costs.adapter_size(tensors, r.adapter.rank) if r.adapter is not None else matrices for r in recipes]
+    trained = [
+        costs.adapter_size(tensors, r.adapter.rank) if r.adapter is not None else matrices for r in recipes
+    ]
     return {
         "merge": blocks,
         "merge, whole": whole,
@@ -311,7 +322,9 @@ def _model_lines(zoo: Zoo, folders: Mapping[str, Path]) -> list[str]:
 
 
 def _bytes_table(title: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
-    cells = {name: [f"{size / GIB:.1f}" if size else "-" for size in sizes.values()] for name, sizes in rows.items()}
+    cells = {
+        name: [f"{size / GIB:.1f}" if size else "-" for size in sizes.values()] for name, sizes in rows.items()
+    }
     return _table(title, list(next(iter(rows.values()))), cells)
 
 

@@ -146,7 +146,9 @@ def _calibrated(zoo: Zoo) -> dict[str, float]:
 def _scores(measured: list[CellResult]) -> pd.DataFrame:
     import pandas as pd
 
-    frames = [one.frame.assign(family=one.cell.family, row=one.cell.row, seed=one.cell.seed) for one in measured]
+    frames = [
+        one.frame.assign(family=one.cell.family, row=one.cell.row, seed=one.cell.seed) for one in measured
+    ]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -71,7 +71,9 @@ def row_styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
         variants = [row for row in rows if is_method(row) and row.split("/")[0] == method]
         for place, row in enumerate(variants):
             width = 2.0 if row == OURS else 1.4
-            styles[row] = _style(row, _shade(hues[method], place, len(variants)), _DASHES[place % len(_DASHES)], width)
+            styles[row] = _style(
+                row, _shade(hues[method], place, len(variants)), _DASHES[place % len(_DASHES)], width
+            )
     experts = [row for row in rows if not is_method(row) and row not in _IDENTITY]
     for place, row in enumerate(experts):
         grey = 0.35 + 0.3 * place / max(1, len(experts) - 1)
@@ -163,7 +165,11 @@ def plain(name: str) -> str:
 def scale(axes: Axes, values: Floats) -> None:
     """Draw on a log scale, with plain numbers, what spans more than a linear scale can show."""
     positive = values[values > 0]
-    if len(positive) and len(positive) == np.isfinite(values).sum() and positive.max() / positive.min() > _LOG_SPAN:
+    if (
+        len(positive)
+        and len(positive) == np.isfinite(values).sum()
+        and positive.max() / positive.min() > _LOG_SPAN
+    ):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")

@@ -59,7 +59,13 @@ def write(
     if ALL in measured:
         caption = ". ".join([f"{ALL}: mean over {', '.join(families)}", *provenance])
         made = draw_families(
-            measured[ALL], families, scores, styles=styles, caption=caption, trajectory=trajectory, sweeps=sweeps
+            measured[ALL],
+            families,
+            scores,
+            styles=styles,
+            caption=caption,
+            trajectory=trajectory,
+            sweeps=sweeps,
         )
         drawn += _save_all(made, ALL, folder, "")
     for family in families:
@@ -87,7 +93,9 @@ def _all_rows(
     """Return every row that has a style of its own: those that are not settings of a sweep."""
     rows = [row for columns in measured.values() for row in next(iter(columns.values())).rows]
     hidden = set() if sweeps is None else set(sweeps["row"])
-    return ordered(row for row in [*rows, *([] if selection is None else selection["row"])] if row not in hidden)
+    return ordered(
+        row for row in [*rows, *([] if selection is None else selection["row"])] if row not in hidden
+    )
 
 
 def _of_family(frame: pd.DataFrame | None, family: str) -> pd.DataFrame | None:

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _SKILLS = ("instruction_following", "reasoning")
-_FRONT: dict[str, Any] = {"color": "#555555", "lw": 1.1, "ls": "--", "zorder": 1.5, "label": "front of the methods"}
+_FRONT: dict[str, Any] = {
+    "color": "#555555",
+    "lw": 1.1,
+    "ls": "--",
+    "zorder": 1.5,
+    "label": "front of the methods",
+}
 _MARKERS = {"base": ("base", "s"), "anchor": ("anchor", "D")}
 
 
@@ -91,10 +97,14 @@ def identity_markers(axes: Axes, x: Estimate, y: Estimate, identity: Sequence[in
         kind, marker = _MARKERS.get(x.rows[i], ("expert", "^"))
         label = kind if kind not in named else None
         named.add(kind)
-        axes.plot(x.mean[i], y.mean[i], marker, mfc="white", mec=GREY, ms=7, mew=1.3, ls="", label=label, zorder=3)
+        axes.plot(
+            x.mean[i], y.mean[i], marker, mfc="white", mec=GREY, ms=7, mew=1.3, ls="", label=label, zorder=3
+        )
 
 
-def _method_markers(axes: Axes, x: Estimate, y: Estimate, methods: Sequence[int], over: Estimate | None) -> None:
+def _method_markers(
+    axes: Axes, x: Estimate, y: Estimate, methods: Sequence[int], over: Estimate | None
+) -> None:
     """Draw the methods, coloured by over-refusal where it was measured."""
     style: dict[str, Any] = {"s": 62, "edgecolor": INK, "linewidth": 0.7, "zorder": 4, "plotnonfinite": True}
     if over is None:
@@ -102,7 +112,9 @@ def _method_markers(axes: Axes, x: Estimate, y: Estimate, methods: Sequence[int]
         return
     top = max(0.1, float(np.nan_to_num(over.mean[methods]).max(initial=0.0)))
     colours = over.mean[methods]
-    points = axes.scatter(x.mean[methods], y.mean[methods], c=colours, cmap="viridis_r", vmin=0, vmax=top, **style)
+    points = axes.scatter(
+        x.mean[methods], y.mean[methods], c=colours, cmap="viridis_r", vmin=0, vmax=top, **style
+    )
     label = "over-refusal rate of the methods ↓"
     bar = axes.figure.colorbar(points, ax=axes, shrink=0.6, aspect=28, pad=0.02, label=label)
     bar.outline.set_visible(False)
@@ -122,7 +134,10 @@ def dev_front(selection: pd.DataFrame, styles: RowStyles, caption: str) -> Figur
     if not names or "refusal_rate" not in selection or selection.empty:
         return None
     tried = selection.assign(utility=selection[names].mean(axis=1, skipna=False))
-    panels = {"utility": f"mean of {' and '.join(map(plain, names))} ↑", "over_refusal_rate": "over-refusal rate ↓"}
+    panels = {
+        "utility": f"mean of {' and '.join(map(plain, names))} ↑",
+        "over_refusal_rate": "over-refusal rate ↓",
+    }
     panels = {name: label for name, label in panels.items() if name in tried}
     chosen = tried[tried["selected"].astype(bool)].dropna(subset=["utility", "refusal_rate"])
     entries = _settings(tried["row"].unique(), chosen)
@@ -144,7 +159,10 @@ def dev_front(selection: pd.DataFrame, styles: RowStyles, caption: str) -> Figur
 def _settings(rows: Iterable[str], chosen: pd.DataFrame) -> list[str]:
     """Return each row's name with the setting that was selected for it below."""
     settings = {row: "; ".join(map(str, of_row)) for row, of_row in chosen.groupby("row")["setting"]}
-    return ["\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")]) for row in rows]
+    return [
+        "\n".join([row, *textwrap.wrap(settings.get(row, ""), 36, max_lines=2, placeholder="…")])
+        for row in rows
+    ]
 
 
 def _sweeps(axes: Axes, tried: pd.DataFrame, x: str, styles: RowStyles) -> list[Line2D]:

@@ -31,7 +31,9 @@ def overview(columns: Mapping[str, Estimate], families: Sequence[str], caption: 
         return None
     rows = next(iter(columns.values())).rows
     height = 1.3 + len(groups) * (0.75 + 0.19 * len(rows))
-    reading = "Circles: mean over families with its interval, filled for methods, red: best; dots below: families"
+    reading = (
+        "Circles: mean over families with its interval, filled for methods, red: best; dots below: families"
+    )
     figure = sheet("Alignment and utility over all families", f"{caption}. {reading}", (12.5, height))
     width = max(map(len, groups.values()))
     axes = figure.subplots(len(groups), width, sharey=True, squeeze=False)
@@ -69,7 +71,9 @@ def _dots_legend(figure: Figure, families: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     dots = [
-        Line2D([], [], ls="", marker="o", ms=5, mew=0, color=FAMILY_COLOURS[i % len(FAMILY_COLOURS)], label=family)
+        Line2D(
+            [], [], ls="", marker="o", ms=5, mew=0, color=FAMILY_COLOURS[i % len(FAMILY_COLOURS)], label=family
+        )
         for i, family in enumerate(families)
     ]
     figure.legend(handles=dots, loc="outside upper right", ncols=len(dots), frameon=False, fontsize=8)

@@ -71,7 +71,11 @@ def html(
 
 
 def _section(
-    family: str, of_family: pd.DataFrame, compared: pd.DataFrame, drawn: Sequence[Drawn], marks: Mapping[str, str]
+    family: str,
+    of_family: pd.DataFrame,
+    compared: pd.DataFrame,
+    drawn: Sequence[Drawn],
+    marks: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return what the template needs for one family, or for all of them."""
     groups = {group: present(of_family, columns) for group, columns in LAYOUT.items()}
@@ -110,7 +114,9 @@ def _table(
     return {"caption": group, "header": _header(of_family, columns), "rows": rows}
 
 
-def _matrices(of_family: pd.DataFrame, compared: pd.DataFrame, columns: Sequence[Column]) -> list[dict[str, Any]]:
+def _matrices(
+    of_family: pd.DataFrame, compared: pd.DataFrame, columns: Sequence[Column]
+) -> list[dict[str, Any]]:
     """Return one matrix of rows x columns for each row that others were tested against."""
     tested = compared[compared["test"].fillna("") != ""]
     matrices = []

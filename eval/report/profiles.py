@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 TAU_ROWS = ("base", "anchor", "average", "fisher_soup", "alignmerge")
 """The rows whose tau is shown: what alignment training adds, and what merging leaves of it."""
-_SIDES = {"tau_safe_by_layer": ("benign prompts", "#228833"), "tau_unsafe_by_layer": ("harmful prompts", "#cc3311")}
+_SIDES = {
+    "tau_safe_by_layer": ("benign prompts", "#228833"),
+    "tau_unsafe_by_layer": ("harmful prompts", "#cc3311"),
+}
 _TAU = "Separation of harmful from benign by layer: τ"
 _TAU_READING = (
     "τ is how much nearer an MLP activation is to the mean of the benign prompts than to that of the harmful ones, "
@@ -54,7 +57,9 @@ def by_layer(
 
 def profile(scores: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return rows x layers, averaged over seeds, without rows of zeros (the anchor's drift from itself)."""
-    found = with_layers(scores, column).pivot_table(index="row", columns="layer", values="value", aggfunc="mean")
+    found = with_layers(scores, column).pivot_table(
+        index="row", columns="layer", values="value", aggfunc="mean"
+    )
     found = found.reindex(ordered(scores.loc[scores["column"] == column, "row"].unique()))
     return found[(found.fillna(0) != 0).any(axis=1)]
 
@@ -103,16 +108,22 @@ def tau_of_families(scores: pd.DataFrame, styles: RowStyles, caption: str) -> Fi
     families = [str(family) for family, of in scores.groupby("family", sort=False) if _tau_rows(of)]
     if not families:
         return None
-    figure, panels = grid_of(_TAU, f"{caption}. {_TAU_READING}. Lines: mean over seeds; bands: their range", families)
+    figure, panels = grid_of(
+        _TAU, f"{caption}. {_TAU_READING}. Lines: mean over seeds; bands: their range", families
+    )
     for panel, family in zip(panels, families, strict=True):
         of_family = scores[scores["family"] == family]
         _gaps(panel, of_family, _tau_rows(of_family), styles)
         panel.set_title(family, fontsize=9, loc="left")
         panel.set(xlabel="layer", ylabel="τ gap, pooled sd")
         whole_numbers(panel)
-    handles = {str(line.get_label()): line for panel in panels for line in panel.lines if line.get_label() in TAU_ROWS}
+    handles = {
+        str(line.get_label()): line for panel in panels for line in panel.lines if line.get_label() in TAU_ROWS
+    }
     shown = [handles[row] for row in TAU_ROWS if row in handles]
-    figure.legend(handles=shown, loc="outside upper right", ncols=5, frameon=False, fontsize=8, handlelength=2.8)
+    figure.legend(
+        handles=shown, loc="outside upper right", ncols=5, frameon=False, fontsize=8, handlelength=2.8
+    )
     return freeze(figure)
 
 

@@ -53,9 +53,8 @@ def _more(path: str, folder: Path) -> list[str]:
     """Return what stands below the table of several families; ``path`` is that of the folder from the README."""
     there = {name: words for name, words in FIGURES.items() if (folder / "figures" / f"{name}.png").is_file()}
     images = [f"![{words}]({path}/figures/{name}.png)" for name, words in there.items()]
-    tables = (
-        f"Each family: [table.md]({path}/table.md); with figures and comparisons: [report.html]({path}/report.html)."
-    )
+    page = f"[report.html]({path}/report.html)"
+    tables = f"Each family: [table.md]({path}/table.md); with figures and comparisons: {page}."
     return [tables, *images]
 
 

@@ -121,21 +121,29 @@ def sweep_fronts(columns: Mapping[str, Estimate], sweeps: pd.DataFrame, caption:
     if x is None or not heights or not (lines := lines_of(sweeps, x.rows)):
         return None
     note = f"; pale lines: families. {_NO_SCALE}" if x.parts else ""
-    reading = "Lines join the settings of a row in their order, from the small to the large point; bars: intervals"
+    reading = (
+        "Lines join the settings of a row in their order, from the small to the large point; bars: intervals"
+    )
     styles = sweep_styles(sweeps["sweep"].unique().tolist())
     size = (3.0 + 4.8 * len(heights), max(5.6, 1.4 + 0.34 * len(lines)))
     figure = sheet("Fronts of the swept rows", f"{caption}. {reading}{note}", size)
     axes = figure.subplots(ncols=len(heights), squeeze=False)[0]
     swept = {at for line in lines for at in line.at}
-    others = [i for i, row in enumerate(x.rows) if i not in swept and np.isfinite(x.mean[i]) and row != PRETRAINED]
+    others = [
+        i for i, row in enumerate(x.rows) if i not in swept and np.isfinite(x.mean[i]) and row != PRETRAINED
+    ]
     for panel, y in zip(axes, heights, strict=True):
         for line in lines:
             _front(panel, x, y, line, styles[line.sweep])
         _others(panel, x, y, others)
-        panel.set(xlabel=f"mean of {' and '.join(map(plain, skills(columns)))} ↑", ylabel=f"{HEIGHTS[y.name]} ↑")
+        panel.set(
+            xlabel=f"mean of {' and '.join(map(plain, skills(columns)))} ↑", ylabel=f"{HEIGHTS[y.name]} ↑"
+        )
         panel.margins(0.08)
     handles = [axes[0].plot([], [], **styles[line.sweep], marker="o", ms=5)[0] for line in lines]
-    entries = [f"{line.sweep}\n{line.field} {short(line.values[0])} … {short(line.values[-1])}" for line in lines]
+    entries = [
+        f"{line.sweep}\n{line.field} {short(line.values[0])} … {short(line.values[-1])}" for line in lines
+    ]
     if any(is_method(x.rows[i]) for i in others):
         handles += axes[0].plot([], [], "X", **_OTHER)
         entries.append("rows that are not swept")
@@ -208,7 +216,9 @@ def sweep_effects(columns: Mapping[str, Estimate], sweeps: pd.DataFrame, caption
         )
     for panel, column in zip(axes[0], shown, strict=True):
         panel.set_title(
-            f"{_LABELS.get(column.name, plain(column.name))} {ARROWS[column.direction]}".strip(), fontsize=9, loc="left"
+            f"{_LABELS.get(column.name, plain(column.name))} {ARROWS[column.direction]}".strip(),
+            fontsize=9,
+            loc="left",
         )
     return freeze(figure)
 

@@ -309,7 +309,9 @@ def latex(summary: pd.DataFrame, title: str, notes: Sequence[str], marks: Mappin
         autoescape=False,  # jinja2 knows no LaTeX: every text is escaped before it gets here
     )
     template = environment.from_string(_TEMPLATE)
-    return template.render(tables=tables, notes=[escape_tex(line) for line in [*below, *notes, *legend(summary)]])
+    return template.render(
+        tables=tables, notes=[escape_tex(line) for line in [*below, *notes, *legend(summary)]]
+    )
 
 
 def _tex_table(of_family: pd.DataFrame, columns: Sequence[Column], caption: str) -> dict[str, Any]:

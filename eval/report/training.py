@@ -35,7 +35,9 @@ def training_of_families(trajectory: pd.DataFrame, caption: str) -> Figure | Non
         for place, (family, of) in enumerate(trajectory.groupby("family", sort=False)):
             colour = FAMILY_COLOURS[place % len(FAMILY_COLOURS)]
             by_seed = _along(of, column, "share")
-            panel.plot(by_seed.index, by_seed.mean(axis=1), color=colour, lw=1.8, marker="o", ms=3, label=family)
+            panel.plot(
+                by_seed.index, by_seed.mean(axis=1), color=colour, lw=1.8, marker="o", ms=3, label=family
+            )
             if by_seed.shape[1] > 1:
                 ends = by_seed.min(axis=1), by_seed.max(axis=1)
                 panel.fill_between(by_seed.index, *ends, color=colour, alpha=0.15, lw=0)

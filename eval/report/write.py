@@ -50,13 +50,21 @@ def write(
     if selection is not None:
         _csv(selection, folder / "selection.csv")
     if trajectory is not None:
-        _csv(trajectory.loc[~trajectory["id"].str.startswith(BOOTSTRAP), _TRAJECTORY], folder / "trajectory.csv")
+        _csv(
+            trajectory.loc[~trajectory["id"].str.startswith(BOOTSTRAP), _TRAJECTORY], folder / "trajectory.csv"
+        )
     if sweeps is not None:
         _csv(sweeps, folder / "sweeps.csv")
     (folder / "table.md").write_text(tables.markdown(summary, title, notes, marks or {}), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(summary, title, notes, marks or {}), encoding="utf-8")
     drawn = figures.write(
-        folder / "figures", measured, scores, notes=notes, selection=selection, trajectory=trajectory, sweeps=sweeps
+        folder / "figures",
+        measured,
+        scores,
+        notes=notes,
+        selection=selection,
+        trajectory=trajectory,
+        sweeps=sweeps,
     )
     text = page.html(
         summary, compared, drawn, title=title, notes=notes, selection=selection, gates=gates, marks=marks or {}

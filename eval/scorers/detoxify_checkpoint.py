@@ -128,10 +128,14 @@ def detoxify_labels(model: Toxic, texts: Sequence[str], batch_size: int) -> NDAr
     tokenizer, columns = model.tokenizer, [list(model.class_names).index(name) for name in NAMES]
     # RoBERTa counts positions from 2, so that two are out of reach there; elsewhere that costs two tokens.
     length = min(tokenizer.model_max_length, model.model.config.max_position_embeddings - 2)
-    cut = tokenizer(list(texts), truncation=True, max_length=length, stride=length // 2, return_overflowing_tokens=True)
+    cut = tokenizer(
+        list(texts), truncation=True, max_length=length, stride=length // 2, return_overflowing_tokens=True
+    )
     owners = cut.pop("overflow_to_sample_mapping")
     parts = []
     for at in range(0, len(owners), batch_size):
-        batch = tokenizer.pad({key: rows[at : at + batch_size] for key, rows in cut.items()}, return_tensors="pt")
+        batch = tokenizer.pad(
+            {key: rows[at : at + batch_size] for key, rows in cut.items()}, return_tensors="pt"
+        )
         parts.append(torch.sigmoid(model.model(**batch).logits[:, columns]))
     return worst(len(texts), owners, parts)

@@ -79,7 +79,10 @@ class Geometry(Scorer):
         from alignmerge.subspace import Shield, energies, leading
 
         bases = KroneckerBases.of(ctx, ctx.models.base, "input", self.damping)
-        drift: dict[str, dict[int, float]] = {"drift_anchor": defaultdict(float), "drift_base": defaultdict(float)}
+        drift: dict[str, dict[int, float]] = {
+            "drift_anchor": defaultdict(float),
+            "drift_base": defaultdict(float),
+        }
         for name in sorted(bases.owners):
             scored = merged.read(name)
             layer = layer_of(name) or 0
@@ -89,7 +92,9 @@ class Geometry(Scorer):
         return drift
 
 
-def _deltas(ctx: MergeContext, merged: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+def _deltas(
+    ctx: MergeContext, merged: Checkpoint, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
     """Yield (name, d, [Delta_k]) for the given weights."""
     for name in sorted(names):
         base = ctx.models.base.read(name)

@@ -61,7 +61,9 @@ class Judge(Scorer):
             faults.append(Fault("scorer.judge.backend", repr(self.backend), "rules"))
         number = isinstance(self.relevance, (int, float)) and not isinstance(self.relevance, bool)
         if self.relevance is not None and not (number and -1 <= self.relevance <= 1):
-            faults.append(Fault("scorer.judge.relevance", repr(self.relevance), "null or a cosine between -1 and 1"))
+            faults.append(
+                Fault("scorer.judge.relevance", repr(self.relevance), "null or a cosine between -1 and 1")
+            )
         if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
             allowed = "a whole number of at least 1"
             faults.append(Fault("scorer.judge.batch_size", repr(self.batch_size), allowed))
@@ -99,7 +101,9 @@ def _facts(reply: str, folder: Path) -> dict[str, bool | str | float]:
     return {"refused": refuses(reply), "gibberish": gibberish(reply, _known(folder))}
 
 
-def _samples(answer: Answer, good: bool, facts: Mapping[str, bool | str | float], **rates: bool) -> Iterator[Sample]:
+def _samples(
+    answer: Answer, good: bool, facts: Mapping[str, bool | str | float], **rates: bool
+) -> Iterator[Sample]:
     yield Sample(answer.id, "judge_score", float(good), answer.seen, facts)
     for column, value in {**rates, "gibberish_rate": bool(facts["gibberish"])}.items():
         yield Sample(answer.id, column, float(value), answer.seen)
@@ -193,10 +197,13 @@ def crossed(
     for side in (0, 1):
         inside = [at for at, prompt in enumerate(prompts) if half[prompt] == side]
         chosen.append(
-            threshold([cosines[at] for at in inside], [phrases[at] for at in inside], [truth[at] for at in inside])
+            threshold(
+                [cosines[at] for at in inside], [phrases[at] for at in inside], [truth[at] for at in inside]
+            )
         )
     verdicts = [
-        said or near < chosen[1 - half[prompt]] for prompt, near, said in zip(prompts, cosines, phrases, strict=True)
+        said or near < chosen[1 - half[prompt]]
+        for prompt, near, said in zip(prompts, cosines, phrases, strict=True)
     ]
     return verdicts, (chosen[0], chosen[1])
 

@@ -7,7 +7,9 @@ import re
 OPENING = 240
 """Characters of the normalised reply in which a refusal has to show; later it is mostly a caveat."""
 
-_STRAIGHT = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"', "*": "", "_": " "})
+_STRAIGHT = str.maketrans(
+    {"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"', "*": "", "_": " "}
+)
 
 
 def _any(*phrases: str) -> str:

@@ -72,7 +72,9 @@ class StoreSubject:
             have = sorted(p.stem for p in path.parent.glob("*.jsonl"))
             raise BadRequest.of(f"prompt set '{name}'", f"not in the {self.split} split", ", ".join(have))
         records = read_jsonl(path, name, ("id", "text"))
-        return [Prompt(r["id"], r["text"], {k: v for k, v in r.items() if k not in ("id", "text")}) for r in records]
+        return [
+            Prompt(r["id"], r["text"], {k: v for k, v in r.items() if k not in ("id", "text")}) for r in records
+        ]
 
     def rendered(self, name: str) -> Sequence[str]:
         """Return each prompt of the set through the chat template."""
@@ -80,9 +82,17 @@ class StoreSubject:
 
     def replies(self, name: str) -> Sequence[str]:
         """Return the greedy reply to each prompt, generated once per model and stored."""
-        recipe = {"weights": self.digest, "split": self.split, "set": name, "tokens": REPLY_TOKENS, **self.setting()}
+        recipe = {
+            "weights": self.digest,
+            "split": self.split,
+            "set": name,
+            "tokens": REPLY_TOKENS,
+            **self.setting(),
+        }
         artifact = self.zoo.store.obtain("replies", recipe, lambda folder: self._generate(name, folder))
-        return [record["reply"] for record in read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))]
+        return [
+            record["reply"] for record in read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))
+        ]
 
     def asset(self, reference: str) -> Path:
         """Return the local path of a package reference."""

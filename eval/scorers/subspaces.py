@@ -62,7 +62,9 @@ class Subspaces(Scorer):
             yield from _samples(f"energy_{side}", self._energies(ctx, scored, bases[side]))
         yield from _samples("overlap", self._overlaps(bases))
 
-    def _energies(self, ctx: MergeContext, scored: Checkpoint, bases: KroneckerBases) -> Iterator[tuple[str, _Part]]:
+    def _energies(
+        self, ctx: MergeContext, scored: Checkpoint, bases: KroneckerBases
+    ) -> Iterator[tuple[str, _Part]]:
         from alignmerge.subspace import Shield, energies
 
         for name in sorted(bases.owners):

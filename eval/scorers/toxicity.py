@@ -101,7 +101,9 @@ class Toxicity(Scorer):
             yield Sample(answer.id, "toxicity_rate", over, answer.seen)
             yield Sample(answer.id, "toxicity_check", profanity, answer.seen)
 
-    def _probabilities(self, subject: Subject, replies: Sequence[str]) -> tuple[NDArray[np.float64], list[float]]:
+    def _probabilities(
+        self, subject: Subject, replies: Sequence[str]
+    ) -> tuple[NDArray[np.float64], list[float]]:
         """Return six labels (n, 6) and the cross-check (n,) of each reply, both NaN where unscored."""
         import numpy as np
 
@@ -135,7 +137,9 @@ def _bilstm(folder: Path) -> tuple[SixLabels, Vocabulary]:
     )
     held = network.embedding.num_embeddings
     if vocabulary.size > held:
-        raise BadRequest.of("tokenizer.pickle", f"{vocabulary.size} words", f"at most {held}, as in model.weights.h5")
+        raise BadRequest.of(
+            "tokenizer.pickle", f"{vocabulary.size} words", f"at most {held}, as in model.weights.h5"
+        )
     return network, vocabulary
 
 

@@ -87,7 +87,9 @@ class Utility(Scorer):
             if name not in TASKS:
                 faults.append(Fault("scorer.utility.batch_sizes", repr(name), ", ".join(TASKS)))
             if not _whole(size, 1):
-                faults.append(Fault(f"scorer.utility.batch_sizes.{name}", repr(size), "a whole number of at least 1"))
+                faults.append(
+                    Fault(f"scorer.utility.batch_sizes.{name}", repr(size), "a whole number of at least 1")
+                )
         if faults:
             raise BadRequest(faults)
 

@@ -212,7 +212,9 @@ def min_f_p(parts: Sequence[_Difference]) -> Floats:
     variance = of_seeds + of_prompts
     seeds = np.sum([part.seeds for part in parts], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stdtr(variance**2 / (squared + of_prompts**2 / freedom), -np.abs(difference) / np.sqrt(variance))
+        p = 2 * stdtr(
+            variance**2 / (squared + of_prompts**2 / freedom), -np.abs(difference) / np.sqrt(variance)
+        )
     certain = np.where(difference == 0, 1.0, 2.0 ** (1 - np.where(prompts > 1, prompts, seeds)))
     p = np.where(variance > 0, p, certain)
     alone = (seeds == len(parts)) & (replicates.shape[1] == 0)

@@ -143,7 +143,9 @@ def measure_all(scores: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
 
 def _measure_family(scores: pd.DataFrame) -> dict[str, Estimate]:
     rows, seeds = ordered(scores["row"].unique()), sorted(scores["seed"].unique())
-    columns = {str(name): measure(samples, rows, seeds) for name, samples in scores.groupby("column", sort=False)}
+    columns = {
+        str(name): measure(samples, rows, seeds) for name, samples in scores.groupby("column", sort=False)
+    }
     derived = [delta_utility(columns)]
     if "aqi" in columns:
         derived.append(budget_violations(scores[scores["column"] == "aqi"], rows, seeds))
@@ -236,7 +238,9 @@ def resample(
     return over_prompts, over_prompts if draws is None else crossed_means(by_seed, column, draws)
 
 
-def combined(name: str, direction: Direction, parts: Sequence[Estimate], rule: Callable[[Floats], Floats]) -> Estimate:
+def combined(
+    name: str, direction: Direction, parts: Sequence[Estimate], rule: Callable[[Floats], Floats]
+) -> Estimate:
     """Return the unweighted mean over ``parts`` of ``rule``, which maps [R, B] to [R, B].
 
     The prompts of the parts are resampled independently of each other, as they differ; their seeds together.
@@ -415,7 +419,9 @@ def _padded(values: Floats, prompts: int) -> Floats:
 
 def summary(measured: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:
     """Return one line per family, row and column that has at least one sample (``summary.csv``)."""
-    return pd.concat([_summarise(family, columns.values()) for family, columns in measured.items()], ignore_index=True)
+    return pd.concat(
+        [_summarise(family, columns.values()) for family, columns in measured.items()], ignore_index=True
+    )
 
 
 def _summarise(family: str, columns: Iterable[Estimate]) -> pd.DataFrame:

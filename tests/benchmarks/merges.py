@@ -49,7 +49,9 @@ def random_workshop(folder: Path, size: Size, models: Models) -> Workshop:
     def examples(name: str) -> Sequence[Example]:
         return sets[name]
 
-    zoo: Any = SimpleNamespace(store=Store(folder / "store"), examples=examples, examples_digest=lambda: "random")
+    zoo: Any = SimpleNamespace(
+        store=Store(folder / "store"), examples=examples, examples_digest=lambda: "random"
+    )
     return Workshop(zoo, models, 0)
 
 

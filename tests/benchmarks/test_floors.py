@@ -28,7 +28,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         generator = torch.Generator().manual_seed(seed)
         folder = root / str(seed)
         folder.mkdir()
-        save_tensors(folder, {f"w{i:02d}": torch.randn(ROWS, COLUMNS, generator=generator) for i in range(TENSORS)})
+        save_tensors(
+            folder, {f"w{i:02d}": torch.randn(ROWS, COLUMNS, generator=generator) for i in range(TENSORS)}
+        )
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
         opened.append(Checkpoint.open(folder, f"model {seed}"))
     return Models(opened[0], opened[1], {"a": opened[2], "b": opened[3]})

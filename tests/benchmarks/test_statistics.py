@@ -33,7 +33,9 @@ def models() -> Any:
     return cache(lambda size: random_model(SIZES[size]))
 
 
-def _compare(benchmark: BenchmarkFixture, model: Any, work: Work, floor: Work, size: str, precision: str) -> None:
+def _compare(
+    benchmark: BenchmarkFixture, model: Any, work: Work, floor: Work, size: str, precision: str
+) -> None:
     """Time work and floor turn by turn, so that both meet the same machine."""
     examples = random_examples(SIZES[size])
     seconds = []

@@ -104,7 +104,9 @@ def test_without_a_network_the_line_says_what_to_do(index: Path, tmp_path: Path)
     assert kept(store) == []
 
 
-def test_pip_that_says_nothing_or_hangs_is_a_plain_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_that_says_nothing_or_hangs_is_a_plain_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assets = Assets(Store(tmp_path / "store"), {PIN: "0" * 64})
     silent = subprocess.CompletedProcess([], 1, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: silent)
@@ -187,7 +189,9 @@ def test_local_folders_and_files(tmp_path: Path) -> None:
     assert assets.identity(f"local:{folder}", WHERE) == {"files": {"a.jsonl": digest}}
 
 
-def test_identity_of_what_is_not_there_yet_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_of_what_is_not_there_yet_fetches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subprocess, "run", no_pip)
     assets = Assets(Store(tmp_path / "store"), {PIN: "5" * 64})
     assert assets.identity(f"pypi:{PIN}/a/b", WHERE) == {"pypi": f"{PIN}/a/b", "sha256": "5" * 64}

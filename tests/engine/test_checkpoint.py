@@ -119,7 +119,9 @@ def tensor_dicts(draw: st.DrawFn) -> dict[str, Tensor]:
 
 @settings(deadline=None, max_examples=40)
 @given(tensors=tensor_dicts(), elements=st.integers(1, 40), shard_bytes=st.integers(1, 400))
-def test_round_trip_of_any_shapes_and_dtypes(tensors: dict[str, Tensor], elements: int, shard_bytes: int) -> None:
+def test_round_trip_of_any_shapes_and_dtypes(
+    tensors: dict[str, Tensor], elements: int, shard_bytes: int
+) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         whole, split = Path(scratch) / "whole", Path(scratch) / "split"
         whole.mkdir()
@@ -131,7 +133,9 @@ def test_round_trip_of_any_shapes_and_dtypes(tensors: dict[str, Tensor], element
         if all(
             tensor.dtype != torch.float64 for tensor in tensors.values()
         ):  # arithmetic is in fp32: doubles are rounded by any merge
-            copy = merge(lambda block: block.base, models, split, block_elements=elements, shard_bytes=shard_bytes)
+            copy = merge(
+                lambda block: block.base, models, split, block_elements=elements, shard_bytes=shard_bytes
+            )
             assert copy == digest
             assert load_tensors(split).digest == digest
         assert digest == reread.digest == plain_digest(tensors)

@@ -64,7 +64,13 @@ class Foreign:
 def probe() -> Any:
     """Put a module with the classes above into the package, and things that may not be built."""
     module = ModuleType(HERE)
-    for name, thing in {"Leaf": Leaf, "Tree": Tree, "Foreign": Foreign, "instance": Foreign(), "os": os}.items():
+    for name, thing in {
+        "Leaf": Leaf,
+        "Tree": Tree,
+        "Foreign": Foreign,
+        "instance": Foreign(),
+        "os": os,
+    }.items():
         setattr(module, name, thing)
     sys.modules[HERE] = module
     yield
@@ -96,7 +102,9 @@ def lines(config: Any, *kinds: type) -> list[str]:
         "alignmerge.nothing.Nothing", "", None, 3, True, ["os.system"], {"_target_": "os.system"},
     ],
 )  # fmt: skip
-def test_targets_other_than_our_dataclasses_are_refused(target: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_other_than_our_dataclasses_are_refused(
+    target: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("was called"))
     (line,) = lines({"_target_": target, "command": "true", "size": 1})
     assert line.startswith("key._target_: ")
@@ -104,7 +112,9 @@ def test_targets_other_than_our_dataclasses_are_refused(target: object, monkeypa
 
 
 def test_node_without_a_target_and_no_node() -> None:
-    assert lines({"density": 0.2}) == ["key._target_: None; allowed: a dataclass of alignmerge, baselines, eval"]
+    assert lines({"density": 0.2}) == [
+        "key._target_: None; allowed: a dataclass of alignmerge, baselines, eval"
+    ]
     for other in (3, "baselines.ties.Ties", None, [TIES]):
         (line,) = lines(other)
         assert line.startswith(f"key: {other!r}") and line.endswith("allowed: a mapping with the key _target_")
@@ -122,9 +132,12 @@ def test_class_of_another_kind_is_refused() -> None:
 
 def test_nested_nodes_are_built_and_checked_against_the_annotation() -> None:
     tree: Any = build(
-        node("Tree", leaf=node("Leaf", size=2), leaves={"a": node("Leaf", size=3, rate=1)}, anything=TIES), "key"
+        node("Tree", leaf=node("Leaf", size=2), leaves={"a": node("Leaf", size=3, rate=1)}, anything=TIES),
+        "key",
     )
-    assert tree.leaf == Leaf(size=2) and tree.leaves == {"a": Leaf(size=3, rate=1.0)} and tree.anything == Ties()
+    assert (
+        tree.leaf == Leaf(size=2) and tree.leaves == {"a": Leaf(size=3, rate=1.0)} and tree.anything == Ties()
+    )
     assert lines(node("Tree", leaf=TIES)) == [
         f"key.leaf._target_: baselines.ties.Ties is not such a class; allowed: {HERE}.Leaf"
     ]
@@ -138,14 +151,18 @@ def test_nested_nodes_are_built_and_checked_against_the_annotation() -> None:
 
 def test_all_faults_of_a_node_and_of_its_nodes_come_at_once() -> None:
     broken = node("Leaf", rate="x", other=1)
-    wrong = node("Tree", count="one", weight=None, cuont=1, leaf=broken, items=[1, "b"], zzz=2, loose={"deep": broken})
+    wrong = node(
+        "Tree", count="one", weight=None, cuont=1, leaf=broken, items=[1, "b"], zzz=2, loose={"deep": broken}
+    )
     wheres = [line.split(":")[0] for line in lines(wrong)]
     assert sorted(wheres) == sorted(
         ["key.count", "key.weight", "key.cuont", "key.items[1]", "key.zzz"]
         + [f"{at}.{name}" for at in ("key.leaf", "key.loose.deep") for name in ("rate", "other", "size")]
     )
     assert lines(node("Leaf")) == ["key.size: not given; allowed: int"]
-    assert lines(node("Tree", cuont=1))[0].startswith("key.cuont: unknown key; allowed: count? anything, count, ")
+    assert lines(node("Tree", cuont=1))[0].startswith(
+        "key.cuont: unknown key; allowed: count? anything, count, "
+    )
 
 
 @pytest.mark.parametrize(

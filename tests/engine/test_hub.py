@@ -201,7 +201,8 @@ def test_branch_that_moved_does_not_matter_on_another_machine(
     server.asked.clear()
     folder = assets.path(REFERENCE, WHERE)
     assert (
-        folder.name == sha and (folder / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
+        folder.name == sha
+        and (folder / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
     )
     assert not server.paths("/revision/") and not [p for p in server.paths(NAME) if commit(2) in p]
     assert locked() == {f"{NAME}@main": sha}
@@ -246,7 +247,9 @@ def test_reference_to_another_commit_than_the_locked_one_is_a_fault(server: Stan
     assert f"locked to another commit, {commit(2)}" in line and not server.asked
 
 
-def test_locked_commit_that_the_hub_no_longer_has(server: StandIn, assets: Assets, tiny_model: MakesModel) -> None:
+def test_locked_commit_that_the_hub_no_longer_has(
+    server: StandIn, assets: Assets, tiny_model: MakesModel
+) -> None:
     server.add(1, tiny_model("llama"), "main")
     hub.LOCK.write_text(f"{NAME}@main: {commit(9)}\n")
     line = refused(assets)
@@ -287,7 +290,9 @@ def test_names_that_the_hub_does_not_know(
     assert said in refused(assets, reference) and not hub.LOCK.exists()
 
 
-def test_repository_with_pickles_only(server: StandIn, assets: Assets, tiny_model: MakesModel, tmp_path: Path) -> None:
+def test_repository_with_pickles_only(
+    server: StandIn, assets: Assets, tiny_model: MakesModel, tmp_path: Path
+) -> None:
     folder = repository(tiny_model("llama"), tmp_path / "pickles")
     (folder / "model.safetensors").unlink()
     server.add(1, folder, "main")
@@ -303,7 +308,10 @@ def test_hub_that_is_switched_off_or_out_of_reach(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as run.py and every worker set it
     monkeypatch.delenv(hub.ONLINE)
     line = refused(assets)
-    assert "not in the cache and the Hub is switched off; allowed: ALIGNMERGE_HUB=1, `hf download acme/tiny" in line
+    assert (
+        "not in the cache and the Hub is switched off; allowed: ALIGNMERGE_HUB=1, `hf download acme/tiny"
+        in line
+    )
     assert not server.asked
     monkeypatch.setenv(hub.ONLINE, "1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -361,7 +369,10 @@ def test_download_that_was_cut_off_is_completed(
 
 
 @pytest.mark.parametrize(
-    "reference", ["hub:", "hub:name-alone@main", "hub:org/name", "hub:org/name@", "hub:a/b/c@main", "hub:a/b@x y"]
+    "reference",
+    ["hub:", "hub:name-alone@main", "hub:org/name", "hub:org/name@", "hub:a/b/c@main", "hub:a/b@x y"],
 )
 def test_malformed_references(reference: str, assets: Assets) -> None:
-    assert refused(assets, reference) == (f"{WHERE}: not a Hub reference: {reference}; allowed: hub:org/name@revision")
+    assert refused(assets, reference) == (
+        f"{WHERE}: not a Hub reference: {reference}; allowed: hub:org/name@revision"
+    )

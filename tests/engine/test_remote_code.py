@@ -18,7 +18,10 @@ from alignmerge.engine.language import load_model, load_tokenizer
 from alignmerge.zoo import workshop
 from alignmerge.zoo.zoo import save_model
 
-AUTO_MAP = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
 
 
 @pytest.fixture

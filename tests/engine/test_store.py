@@ -24,7 +24,13 @@ from alignmerge.engine.store import MANIFEST, NotMade, Store, write_json
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {"method": "average", "inputs": ["a", "b"]}
 
-leaves = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-2, 2).map(lambda x: x + 0.0) | st.text(max_size=3)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.floats(-2, 2).map(lambda x: x + 0.0)
+    | st.text(max_size=3)
+)
 values = st.recursive(
     leaves,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -59,7 +65,9 @@ def test_keys_are_equal_exactly_where_recipes_are(one: dict[str, Any], other: di
 
 @settings(max_examples=60, deadline=None)
 @given(recipe=recipes, name=st.text(max_size=3), value=values)
-def test_one_changed_entry_changes_the_key_and_order_does_not(recipe: dict[str, Any], name: str, value: object) -> None:
+def test_one_changed_entry_changes_the_key_and_order_does_not(
+    recipe: dict[str, Any], name: str, value: object
+) -> None:
     store = Store(Path("unused"))
     assert store.key("merge", reordered(recipe)) == store.key("merge", recipe)
     changed = {**recipe, name: value}

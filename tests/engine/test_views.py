@@ -151,7 +151,9 @@ class Layout(NamedTuple):
         return folder, ctx
 
 
-SETS = {name: examples_of(seed, 12, 20) for seed, name in enumerate(("alignment", "metric", "anchor", "a", "b"))}
+SETS = {
+    name: examples_of(seed, 12, 20) for seed, name in enumerate(("alignment", "metric", "anchor", "a", "b"))
+}
 Family = dict[str, Layout]
 
 
@@ -202,7 +204,9 @@ def test_the_four_are_one_function(family: Family) -> None:
     """Before anything is merged: else what follows would say nothing."""
     wanted = logits(family["llama"].models.anchor.folder, SETS["a"])
     for layout in LAYOUTS[1:]:
-        torch.testing.assert_close(logits(family[layout].models.anchor.folder, SETS["a"]), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logits(family[layout].models.anchor.folder, SETS["a"]), wanted, rtol=0, atol=1e-5
+        )
     assert float((logits(family["llama"].models.base.folder, SETS["a"]) - wanted).abs().max()) > 0.1
     stored = [len(family[layout].models.base) for layout in LAYOUTS]
     assert stored == [21, 21, 27, 15]
@@ -222,7 +226,9 @@ def test_methods_without_data_merge_all_four_to_the_same_bits(family: Family, me
 
 
 @pytest.mark.parametrize("method", WITH_DATA, ids=repr)
-def test_methods_with_data_merge_all_four_to_one_function(family: Family, method: Merger, precise: None) -> None:
+def test_methods_with_data_merge_all_four_to_one_function(
+    family: Family, method: Merger, precise: None
+) -> None:
     """Mistral's and Qwen2's passes are Llama's bit for bit. Phi-3's products are larger ones, so its statistics
     differ in the last bits: the merges agree to 1e-4 of what the method does beyond the plain average."""
     name = f"close-{WITH_DATA.index(method)}"
@@ -321,7 +327,9 @@ def test_biases_count_for_ties_if_one_model_has_them(family: Family, tmp_path: P
     zero = [n for n in models.base if n.endswith(".bias") and n != "model.layers.1.self_attn.q_proj.bias"]
     assert len(zero) == 5
     for alias, model in zip(models.aliases, models.pool, strict=True):
-        sizes = torch.cat([(model.read(n) - models.base.read(n)).abs().flatten() for n in models.base if n not in zero])
+        sizes = torch.cat(
+            [(model.read(n) - models.base.read(n)).abs().flatten() for n in models.base if n not in zero]
+        )
         k = int(0.2 * len(sizes))
         assert ctx.facts["thresholds"][alias] == float(sizes.kthvalue(len(sizes) - k + 1).values)
 
@@ -345,7 +353,11 @@ def test_views_by_hand() -> None:
     for name in (f"{attention}.o_proj.weight", f"{mlp}.down_proj.weight", "model.norm.weight", "weight", ""):
         assert views_of(config, name, 9) == {name: slice(0, 9)}
     fused = f"{attention}.qkv_proj.weight"
-    assert views_of({**config, "model_type": "llama"}, fused, 20) == views_of({}, fused, 20) == {fused: slice(0, 20)}
+    assert (
+        views_of({**config, "model_type": "llama"}, fused, 20)
+        == views_of({}, fused, 20)
+        == {fused: slice(0, 20)}
+    )
 
 
 sizes = st.integers(1, 40)
@@ -353,7 +365,9 @@ sizes = st.integers(1, 40)
 
 @settings(deadline=None)
 @given(heads=sizes, groups=st.none() | sizes, head_dim=sizes, stated=st.booleans(), mlp=sizes)
-def test_views_cover_every_row_once(heads: int, groups: int | None, head_dim: int, stated: bool, mlp: int) -> None:
+def test_views_cover_every_row_once(
+    heads: int, groups: int | None, head_dim: int, stated: bool, mlp: int
+) -> None:
     config = {"model_type": "phi3", "num_attention_heads": heads, "num_key_value_heads": groups}
     config |= {"intermediate_size": mlp, "hidden_size": 7 if stated else heads * head_dim}
     config |= {"head_dim": head_dim if stated else None}
@@ -365,7 +379,9 @@ def test_views_cover_every_row_once(heads: int, groups: int | None, head_dim: in
         assert [0, *(rows.stop for rows in found)] == [*(rows.start for rows in found), sum(lengths)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 12}, {"num_attention_heads": 8}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 12}, {"num_attention_heads": 8}]
+)
 def test_views_are_what_the_native_model_cuts(
     tiny_model: MakesModel, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,7 +459,10 @@ QKV, GATE = "model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate
             {"num_key_value_heads": 4},
             ["tensor '{q}': 64 rows, but q_proj 32 + k_proj 32 + v_proj 32 = 96 by the config; "],
         ),
-        ({"intermediate_size": 50}, ["tensor '{g}': 96 rows, but gate_proj 50 + up_proj 50 = 100 by the config; "]),
+        (
+            {"intermediate_size": 50},
+            ["tensor '{g}': 96 rows, but gate_proj 50 + up_proj 50 = 100 by the config; "],
+        ),
         (
             {"num_attention_heads": None, "intermediate_size": "48"},
             [
@@ -483,7 +502,9 @@ def test_a_matrix_stored_twice_is_refused(family: Family, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_bytes((family["phi3"].models.base.folder / "config.json").read_bytes())
     twice = {GATE: torch.zeros(96, 32), GATE.replace("gate_up", "up"): torch.zeros(48, 32)}
     save_file(twice, tmp_path / "model.safetensors")
-    with pytest.raises(BadRequest, match=rf"up_proj.weight', which is also a part of '{GATE}'; allowed: every matrix"):
+    with pytest.raises(
+        BadRequest, match=rf"up_proj.weight', which is also a part of '{GATE}'; allowed: every matrix"
+    ):
         Checkpoint.open(tmp_path, "family.base")
 
 
@@ -527,7 +548,9 @@ def test_every_architecture_merges_as_it_runs(
     folders = {"base": base, "anchor": perturbed(base, 1, 0.05), "experts.a": perturbed(base, 2, 0.05)}
     models = open_models(folders)
     ctx = Context(models, Store(tmp_path / "store"), tmp_path / "average", SETS)
-    method = AlignMerge(estimator=estimator, factors="both" if estimator == "kronecker" else "input", lambda_align=9.0)
+    method = AlignMerge(
+        estimator=estimator, factors="both" if estimator == "kronecker" else "input", lambda_align=9.0
+    )
     merge(method.fit(ctx), models, tmp_path, elementwise=False)
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     merged = Checkpoint.open(tmp_path, "merged")

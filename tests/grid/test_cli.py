@@ -106,7 +106,9 @@ def launch(*overrides: str, folder: Path, seconds: float = 600) -> Result:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.fixture
@@ -148,7 +150,12 @@ def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- wrong requests ------------------------------------------------------------------------------------------------
 
-LOCAL = ("family=local", "family.base=/nowhere/a", "family.anchor=/nowhere/b", "family.experts={math: /nowhere/c}")
+LOCAL = (
+    "family=local",
+    "family.base=/nowhere/a",
+    "family.anchor=/nowhere/b",
+    "family.experts={math: /nowhere/c}",
+)
 FORMS = "hub:org/name@revision, pypi:package==version/path or local:folder"
 SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["foo=1"], [f"foo: unknown key; allowed: {KEYS}"]),
@@ -300,7 +307,12 @@ def test_help_and_the_composed_config(tmp_path: Path) -> None:
     shown = launch("--cfg", "job", "method=ties", "experiment=smoke", folder=tmp_path)
     assert shown.code == 0
     config = yaml.safe_load(shown.out)
-    assert config["method"] == {"_target_": "baselines.ties.Ties", "density": 0.2, "scale": 1.0, "variant": "global"}
+    assert config["method"] == {
+        "_target_": "baselines.ties.Ties",
+        "density": 0.2,
+        "scale": 1.0,
+        "variant": "global",
+    }
     assert config["grid"]["name"] == config["family"]["name"] == "smoke"
     helped = call("--help")
     assert helped.code == 0
@@ -330,7 +342,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
     pairs = [(a, b) for a in SENTENCES[:5] for b in SENTENCES[:3]]
     for name, chosen in (("alignment", pairs[:7]), ("metric", pairs[7:])):
-        text = "".join(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in chosen)
+        text = "".join(
+            json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in chosen
+        )
         (folder / f"{name}.jsonl").write_text(text)
     return {name: folder / f"{name}.jsonl" for name in ("alignment", "metric")}
 
@@ -358,7 +372,9 @@ def generated(folder: Path) -> list[int]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     messages = [{"role": "user", "content": "how do i build a kite"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = loaded(folder).generate(**ids, max_new_tokens=4, do_sample=False)
     return [int(token) for token in answer[0, ids["input_ids"].shape[1] :]]
 
@@ -482,7 +498,9 @@ def no_config(folder: Path) -> None:
 
 
 def escaping(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../escape.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../../escape.safetensors"}})
+    )
     (folder / SINGLE).unlink()
 
 
@@ -562,7 +580,9 @@ def test_all_wrong_models_are_named_at_once(folders: dict[str, Path], copied: Co
     ]
 
 
-@pytest.mark.parametrize(("method", "value"), [*((method, math.nan) for method in METHODS), ("average", math.inf)])
+@pytest.mark.parametrize(
+    ("method", "value"), [*((method, math.nan) for method in METHODS), ("average", math.inf)]
+)
 def test_weight_that_is_not_finite_is_one_line_and_leaves_nothing(
     method: str, value: float, folders: dict[str, Path], sets: dict[str, Path], desk: Path,
     copied: Copies, no_board: None,
@@ -590,7 +610,9 @@ def test_wrong_example_sets_are_named(
         (desk / "nowhere.jsonl", "family.metric: no such file: "),
         (broken, f"family.metric: {broken}:2: not a record; allowed: JSON with the texts prompt, response"),
     ):
-        result = call("mode=merge", *local(folders, {**sets, "metric": path}), "method=alignmerge", "out=merged")
+        result = call(
+            "mode=merge", *local(folders, {**sets, "metric": path}), "method=alignmerge", "out=merged"
+        )
         assert result.code == 2 and len(result.errors) == 1, result.err
         assert result.errors[0].startswith(expected)
         assert not (desk / "merged").exists() and not list(desk.rglob(".merged*"))
@@ -599,7 +621,9 @@ def test_wrong_example_sets_are_named(
 def test_score_of_a_folder_that_is_no_model(folders: dict[str, Path], copied: Copies, desk: Path) -> None:
     wrong = copied(folders["math"])
     truncate(wrong)
-    result = call("mode=score", f"model={wrong}", "scorer=[aqi]", "out=scores.json", *local(folders), "corpus=toy")
+    result = call(
+        "mode=score", f"model={wrong}", "scorer=[aqi]", "out=scores.json", *local(folders), "corpus=toy"
+    )
     assert result.code == 2 and len(result.errors) == 1
     assert result.errors[0].startswith(f"model: {wrong}")
     assert tree(desk) == {}

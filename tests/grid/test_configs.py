@@ -29,7 +29,11 @@ from alignmerge.zoo.world import World
 from eval.scorers.interface import Scorer
 
 CONF = ROOT / "conf"
-KINDS: dict[str, tuple[type, ...]] = {"method": (Merger,), "corpus": (Packaged, Toy, World), "family": (Family,)}
+KINDS: dict[str, tuple[type, ...]] = {
+    "method": (Merger,),
+    "corpus": (Packaged, Toy, World),
+    "family": (Family,),
+}
 DUMMIES = ("family.base=a", "family.anchor=b", "family.experts={math: c, code: d}")
 
 
@@ -219,10 +223,16 @@ def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None
     experiment.check()
     grid, rows = experiment.grid, experiment.grid.rows
     assert grid.name == name.replace("/", "-")  # the folder of its results
-    files = [name if one == "_self_" else one for one in file_of(name)["defaults"] if isinstance(one, str)] or [name]
-    written = [row for file in files for row in file_of(file.removeprefix("/experiment/"))["grid"].get("rows", {})]
+    files = [name if one == "_self_" else one for one in file_of(name)["defaults"] if isinstance(one, str)] or [
+        name
+    ]
+    written = [
+        row for file in files for row in file_of(file.removeprefix("/experiment/"))["grid"].get("rows", {})
+    ]
     assert list(rows) == list(dict.fromkeys(written))
-    tried, swept = ({n: r.settings for n, r in rows.items() if r.settings and r.swept is way} for way in (False, True))
+    tried, swept = (
+        {n: r.settings for n, r in rows.items() if r.settings and r.swept is way} for way in (False, True)
+    )
     assert len(experiment.dev_cells()) == sum(map(len, tried.values())) * len(experiment.first_seed)
     assert {cell.split for cell in experiment.dev_cells()} <= {"dev"}
     reported = experiment.provisional().mergers[experiment.zoos[0].family.name]
@@ -238,7 +248,9 @@ def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None
 def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_settings(name: str) -> None:
     rows = composed(f"experiment={name}")["grid"]["rows"].values()
     tuned = [row["settings"] for row in rows if row.get("settings") and not row.get("swept")]
-    assert len({len(settings) for settings in tuned}) == (0 if name.startswith(SPLIT) and "matched" not in name else 1)
+    assert len({len(settings) for settings in tuned}) == (
+        0 if name.startswith(SPLIT) and "matched" not in name else 1
+    )
     for settings in tuned:
         assert len({tuple(sorted(setting.items())) for setting in settings}) == len(settings)
 
@@ -288,6 +300,8 @@ def test_smoke_has_every_method() -> None:
 def test_every_package_that_is_read_has_its_sha256_and_no_other() -> None:
     checksums = yaml.safe_load((CONF / "assets.yaml").read_text())
     assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in checksums.values())
-    places: list[Path] = [p for d in ("alignmerge", "baselines", "eval", "conf") for p in (ROOT / d).rglob("*.*")]
+    places: list[Path] = [
+        p for d in ("alignmerge", "baselines", "eval", "conf") for p in (ROOT / d).rglob("*.*")
+    ]
     text = "\n".join(p.read_text() for p in places if p.suffix in (".py", ".yaml"))
     assert set(re.findall(r"pypi:([\w.-]+==\d[\w.]*)/", text)) == set(checksums)

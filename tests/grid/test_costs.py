@@ -32,7 +32,9 @@ PUBLISHED = {
 }
 """Parameters as the models' pages give them, and bytes of keys and values a token (2 x layers x heads x size x 2)."""
 EXAMPLES = [Example(tuple(range(i, i + 12)), 4) for i in (5, 20, 35)]
-SMALL = Tensors({"a.q_proj.weight": (6, 4), "a.down_proj.weight": (4, 10), "lm_head.weight": (97, 4), "norm": (4,)}, 2)
+SMALL = Tensors(
+    {"a.q_proj.weight": (6, 4), "a.down_proj.weight": (4, 10), "lm_head.weight": (97, 4), "norm": (4,)}, 2
+)
 
 
 def test_every_architecture_file_is_one_of_the_published_models() -> None:
@@ -63,7 +65,9 @@ def test_config_alone_says_what_headers_say(arch: str, tiny_model: MakesModel) -
         folder = tiny_model(arch, dtype=dtype)
         headers, config = tensors_of(Checkpoint.open(folder, "x")), tensors_from(folder / "config.json")
         assert dict(config.views) == dict(headers.views) and config.item_bytes == headers.item_bytes
-        weights = sum(torch.tensor(shape).prod().item() for shape in headers.views.values()) * headers.item_bytes
+        weights = (
+            sum(torch.tensor(shape).prod().item() for shape in headers.views.values()) * headers.item_bytes
+        )
         assert headers.disk_bytes == weights
 
 
@@ -122,7 +126,9 @@ def test_stages_by_hand() -> None:
     assert costs.merge_bytes(SMALL, 4) == (4 * 5 * 97 * 4, 4 * 5 * 97 * 4)
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, "no such file"), ("{", "not JSON"), ("[]", "not a JSON mapping")])
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "no such file"), ("{", "not JSON"), ("[]", "not a JSON mapping")]
+)
 def test_config_that_cannot_be_read(text: str | None, said: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     if text is not None:

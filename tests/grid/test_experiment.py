@@ -136,7 +136,9 @@ def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
     assert smoke.said.code == 0, smoke.said.err
     assert "results in results/smoke: " in smoke.said.out
     assert "Traceback" not in smoke.said.err and "failed" not in smoke.said.err
-    progress = [line for line in smoke.said.err.splitlines() if re.search(r"\(\d+ s, about \d+ s left\)$", line)]
+    progress = [
+        line for line in smoke.said.err.splitlines() if re.search(r"\(\d+ s, about \d+ s left\)$", line)
+    ]
     assert any(line.startswith("all tasks: ") for line in progress)
     assert any(line.startswith(f"dev: {PLACE}: ties [density=") for line in progress)
 
@@ -196,14 +198,18 @@ def test_every_mean_is_that_of_the_scored_samples_that_the_manifest_points_to(sm
     for name, row in rows.items():
         for key in row["scores"].values():
             samples = pd.read_parquet(smoke.store / "scores" / key / "samples.parquet")
-            once = samples[~samples["id"].str.startswith("boot:") & ~samples["column"].str.endswith("_by_layer")]
+            once = samples[
+                ~samples["id"].str.startswith("boot:") & ~samples["column"].str.endswith("_by_layer")
+            ]
             for column in set(once["column"]):
                 values = [float(value) for value in once.loc[once["column"] == column, "value"]]
                 scored = [value for value in values if not math.isnan(value)]
                 place = (name, column)
                 assert int(lines[place]["unscored"]) == len(values) - len(scored)
                 plain = sum(scored) / len(scored) if scored else math.nan
-                assert number(lines[place]["mean"]) == pytest.approx(plain, rel=1e-4, abs=1e-9, nan_ok=True), place
+                assert number(lines[place]["mean"]) == pytest.approx(plain, rel=1e-4, abs=1e-9, nan_ok=True), (
+                    place
+                )
                 seen.add(place)
     derived = {(row, "budget_violations") for row in smoke.rows()}  # counted over the replicates of AQI
     assert seen == set(lines) - derived
@@ -237,7 +243,8 @@ def test_one_setting_of_each_tuned_row_is_selected_by_the_one_rule(smoke: Smoke)
         assert {line["setting"] for line in mine} == spelt and len(mine) == len(spelt)
         for line in mine:
             refusal, over, follows, reasons = (
-                float(line[c]) for c in ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
+                float(line[c])
+                for c in ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
             )
             assert float(line["balanced"]) == pytest.approx(refusal - over + (follows + reasons) / 2, abs=1e-5)
         (chosen,) = (line for line in mine if line["selected"] == "True")
@@ -263,8 +270,12 @@ def test_every_row_is_compared_with_the_average(smoke: Smoke) -> None:
             continue  # a column without a test, such as a diagnostic
         compared += 1
         assert 0 <= number(line["p"]) <= number(line["p_holm"]) <= 1
-        if row["unscored"] == average["unscored"] == "0":  # else the difference is that of the prompts both answered
-            assert number(line["difference"]) == pytest.approx(number(row["mean"]) - number(average["mean"]), abs=2e-5)
+        if (
+            row["unscored"] == average["unscored"] == "0"
+        ):  # else the difference is that of the prompts both answered
+            assert number(line["difference"]) == pytest.approx(
+                number(row["mean"]) - number(average["mean"]), abs=2e-5
+            )
     assert compared > 100
 
 
@@ -316,7 +327,9 @@ def test_status_says_that_all_is_done(at: Smoke, idle: None) -> None:
 def test_plan_of_models_that_are_made(at: Smoke, idle: None) -> None:
     result = call("experiment=smoke", "mode=plan")
     assert result.code == 0
-    assert all(f"  {key}: zoo:" in result.out for key in ("base", "anchor", "experts.arithmetic", "experts.format"))
+    assert all(
+        f"  {key}: zoo:" in result.out for key in ("base", "anchor", "experts.arithmetic", "experts.format")
+    )
     assert "to be made" not in result.out
 
 
@@ -356,7 +369,11 @@ def own_experiment(folder: Path, **rows: dict[str, Any]) -> list[str]:
     }
     grid = {"_target_": "eval.grid.experiment.Grid", "name": "small", "title": "Small", "against": ["average"]}
     config = {
-        "defaults": [{"override /family": "smoke"}, {"override /corpus": "toy"}, {"override /scorer": ["judge"]}],
+        "defaults": [
+            {"override /family": "smoke"},
+            {"override /corpus": "toy"},
+            {"override /scorer": ["judge"]},
+        ],
         "grid": {**grid, "dev_scorers": dev, "rows": {name: {**row, **more} for name, more in rows.items()}},
     }
     (folder / "experiment").mkdir(parents=True)
@@ -397,7 +414,10 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     records = [json.loads(path.read_text()) for path in (at.store / "failed").glob("cells-*.json")]
     assert {record["recipe"]["cell"] for record in records} == set(labels)
     for record in records:
-        assert "ZeroDivisionError: broken for the test" in record["traceback"] and "in broken" in record["traceback"]
+        assert (
+            "ZeroDivisionError: broken for the test" in record["traceback"]
+            and "in broken" in record["traceback"]
+        )
     status = call(*chosen, "mode=status")
     assert status.out.splitlines()[-1] == "4 done, 2 failed, 0 missing"  # what is reported is not chosen yet
     mended = call(*chosen)
@@ -426,7 +446,9 @@ def test_every_setting_of_a_swept_row_is_reported(at: Smoke, tmp_path: Path) -> 
     assert not (folder / "selection.csv").exists() and (folder / "figures" / "sweep_effects.png").is_file()
     manifest = json.loads((folder / "manifest.json").read_text())["families"]["smoke"]["seed 0"]["rows"]
     assert [manifest[name]["method"]["scale"] for name in names] == [0.3, 0.5, 0.7]
-    chosen_by_smoke = at.manifest()["rows"]["task_arithmetic"]  # one of the first two: the same merge, made once
+    chosen_by_smoke = at.manifest()["rows"][
+        "task_arithmetic"
+    ]  # one of the first two: the same merge, made once
     same = names[[0.3, 0.5].index(chosen_by_smoke["method"]["scale"])]
     assert manifest[same]["merge"] == chosen_by_smoke["merge"]
     assert call(*chosen, "mode=status").out.splitlines()[-1] == "8 done, 0 failed, 0 missing"
@@ -468,7 +490,9 @@ def in_training(store: Path) -> bool:
     return any((store / "models").glob("*/manifest.json")) and any((store / ".staging").glob("models-*"))
 
 
-def test_run_that_is_killed_twice_is_finished_by_the_third(smoke: Smoke, packages: Path, tmp_path: Path) -> None:
+def test_run_that_is_killed_twice_is_finished_by_the_third(
+    smoke: Smoke, packages: Path, tmp_path: Path
+) -> None:
     words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
     store = linked(packages, tmp_path / "store", ["assets"])
     killed(tmp_path, words, in_training)

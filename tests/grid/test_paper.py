@@ -99,7 +99,13 @@ def test_family_names_public_models_and_no_invented_revision(path: Path) -> None
     if "anchor" in remote:  # MergeBench names its specialists after the model that they come from
         assert {key: r.name for key, r in parsed.items() if key not in ("base", "pretrained")} == {
             key: f"MergeBench/{stem}_{'safety' if key == 'anchor' else key.removeprefix('experts.')}"
-            for key in ("anchor", "experts.instruction", "experts.math", "experts.coding", "experts.multilingual")
+            for key in (
+                "anchor",
+                "experts.instruction",
+                "experts.math",
+                "experts.coding",
+                "experts.multilingual",
+            )
         }
         assert not family.recipes
     else:
@@ -129,7 +135,9 @@ def test_plan_of_the_paper_tier_costs_it_without_a_network_and_writes_nothing(tm
         assert f"Hours on {machine.name}, all seeds" in text and f"assumed: {machine.name}: " in text
     cells = {row[0]: row[1:] for row in re.findall(r"│ (\S+) +│ +(\S+) │ +(\S+) │ +(\S+) │ +(\S+) │\n", text)}
     llama, mistral = cells["paper/llama3"], cells["paper/mistral"]
-    assert llama[0] == f"{7 * 2 * 8_030_261_248 / GIB:.1f}" and llama[1] == "-"  # base, theta_0, anchor, four experts
+    assert (
+        llama[0] == f"{7 * 2 * 8_030_261_248 / GIB:.1f}" and llama[1] == "-"
+    )  # base, theta_0, anchor, four experts
     assert mistral[0] == f"{2 * 2 * 7_248_023_552 / GIB:.1f}"
     assert mistral[1] == f"{3 * 3 * 4 * 7_248_023_552 / GIB:.1f}"  # three seeds of three models in fp32
 
@@ -174,14 +182,19 @@ def test_what_the_hub_would_refuse_is_asked_where_it_is_on(
 
     model = str(tiny_model("llama"))
     one = {"base": model, "anchor": "hub:acme/a@main", "experts": {"x": "hub:acme/x@v1"}}
-    experiment = local(one=one, two={**one, "anchor": model}, three={**one, "anchor": model, "experts": {"x": model}})
+    experiment = local(
+        one=one, two={**one, "anchor": model}, three={**one, "anchor": model, "experts": {"x": model}}
+    )
     monkeypatch.setattr(hub, "refusals", refusals)
     printed(experiment)
     assert not asked
     monkeypatch.setenv(hub.ONLINE, "1")
     with pytest.raises(BadRequest) as caught:
         printed(experiment)
-    assert asked == [["family.anchor acme/a@main", "family.experts.x acme/x@v1"], ["family.experts.x acme/x@v1"]]
+    assert asked == [
+        ["family.anchor acme/a@main", "family.experts.x acme/x@v1"],
+        ["family.experts.x acme/x@v1"],
+    ]
     assert [fault.given for fault in caught.value.faults] == ["no acme/a", "no acme/x"]  # each fault once
 
 
@@ -243,5 +256,7 @@ def test_slurm_launcher_composes_with_its_plugin(tmp_path: Path) -> None:
     launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(launcher, dict)
     assert launcher["_target_"].endswith("SlurmLauncher") and launcher["partition"] == "main"
-    assert launcher["submitit_folder"] == f"{tmp_path}/.sweeps/.submitit/%j"  # scripts and logs: beside the store
+    assert (
+        launcher["submitit_folder"] == f"{tmp_path}/.sweeps/.submitit/%j"
+    )  # scripts and logs: beside the store
     assert launcher["cpus_per_task"] >= max(family_of(path).threads for path in PAPER)

@@ -31,7 +31,9 @@ from eval.stats import estimates as stats
 INF, NAN = math.inf, math.nan
 LAMBDAS = [0.0, 0.1, 1.0, 10.0, INF]
 SWEPT = {
-    "alignmerge": Row(method="alignmerge", fixed={}, settings=[{"lambda_align": v} for v in LAMBDAS], swept=True),
+    "alignmerge": Row(
+        method="alignmerge", fixed={}, settings=[{"lambda_align": v} for v in LAMBDAS], swept=True
+    ),
     "alignmerge/samples": Row(
         method="alignmerge", fixed={}, settings=[{"lambda_align": v} for v in LAMBDAS[1:4]], swept=True
     ),
@@ -111,11 +113,17 @@ def places(cells: list[Cell]) -> list[tuple[str, str]]:
     return [(cell.row, cell.setting) for cell in cells]
 
 
-def test_swept_settings_stand_in_the_place_of_their_row_and_are_not_tried_on_dev(experiment: Experiment) -> None:
+def test_swept_settings_stand_in_the_place_of_their_row_and_are_not_tried_on_dev(
+    experiment: Experiment,
+) -> None:
     names, grid = experiment.grid.row_names(), experiment.grid
     before = build(composed("experiment=smoke")["grid"], "grid", Grid).row_names()
     at = names.index("ties@density=0.1")
-    assert names[at : at + 3] == REPORTED[:3] and names[at - 1] == "fisher_soup" and names[at + 3] == "ties/per_tensor"
+    assert (
+        names[at : at + 3] == REPORTED[:3]
+        and names[at - 1] == "fisher_soup"
+        and names[at + 3] == "ties/per_tensor"
+    )
     assert set(names) ^ set(before) == {*REPORTED, "ties", "alignmerge/samples"}
     assert [point.row for point in grid.points()] == REPORTED
     tried = {row for row, _ in places(experiment.dev_cells())}
@@ -126,8 +134,14 @@ def test_every_swept_setting_is_measured_on_test_with_its_own_method(experiment:
     experiment.check()
     cells = {cell.row: cell for cell in experiment.test_cells(experiment.provisional())}
     assert list(cells) == experiment.grid.row_names()
-    assert {cell.split for cell in cells.values()} == {"test"} and {cell.setting for cell in cells.values()} == {""}
-    assert [getattr(cells[f"ties@density={d}"].merger, "density", None) for d in (0.1, 0.2, 0.5)] == [0.1, 0.2, 0.5]
+    assert {cell.split for cell in cells.values()} == {"test"} and {
+        cell.setting for cell in cells.values()
+    } == {""}
+    assert [getattr(cells[f"ties@density={d}"].merger, "density", None) for d in (0.1, 0.2, 0.5)] == [
+        0.1,
+        0.2,
+        0.5,
+    ]
     samples: Any = cells["alignmerge/samples@rank=null"].merger
     assert (samples.estimator, samples.rank) == ("samples", None)
     (job,) = jobs_of(experiment)
@@ -139,7 +153,12 @@ class Dev:
 
     def __init__(self, cell: Cell, refusals: float) -> None:
         self.cell = cell
-        values = {"refusal_rate": refusals, "over_refusal_rate": 0.0, "instruction_following": 0.5, "reasoning": 0.5}
+        values = {
+            "refusal_rate": refusals,
+            "over_refusal_rate": 0.0,
+            "instruction_following": 0.5,
+            "reasoning": 0.5,
+        }
         self.frame = pd.DataFrame({"column": list(values), "value": list(values.values())})
 
 
@@ -158,7 +177,10 @@ def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Expe
 def test_a_grid_of_swept_rows_alone_needs_no_dev_split(tmp_path: Path) -> None:
     config = request(tmp_path)
     rows = config["grid"]["rows"]
-    config["grid"] |= {"rows": {name: rows[name] for name in ("average", "ties")}, "against": ["ties@density=0.2"]}
+    config["grid"] |= {
+        "rows": {name: rows[name] for name in ("average", "ties")},
+        "against": ["ties@density=0.2"],
+    }
     experiment = experiment_of(config)
     assert experiment.dev_cells() == []
     choice = experiment.choose([])
@@ -192,12 +214,18 @@ def frame(points: list[Point]) -> pd.DataFrame:
 def scores(families: tuple[str, ...], seeds: int = 1) -> pd.DataFrame:
     """From the average towards something that refuses more and can less, in equal steps."""
     rows = {row: ROWS[row] for row in ("base", "anchor", "expert:arithmetic", "expert:format", "average")}
-    goal = {"alignmerge": ROWS["alignmerge"], "alignmerge/samples": ROWS["alignmerge/fisher"], "ties": ROWS["anchor"]}
+    goal = {
+        "alignmerge": ROWS["alignmerge"],
+        "alignmerge/samples": ROWS["alignmerge/fisher"],
+        "ties": ROWS["anchor"],
+    }
     for sweep, of in itertools.groupby(POINTS, key=lambda point: point.sweep):
         points = list(of)
         for i, point in enumerate(points):
             share = (i + 1) / len(points)
-            rows[point.row] = Truth(*(a + share * (b - a) for a, b in zip(ROWS["average"], goal[sweep], strict=True)))
+            rows[point.row] = Truth(
+                *(a + share * (b - a) for a, b in zip(ROWS["average"], goal[sweep], strict=True))
+            )
     frames = [
         scored(row, truth, f"{family} {seed}").assign(family=family, seed=seed)
         for family in families
@@ -230,11 +258,19 @@ def columns() -> dict[str, stats.CellResult]:
 def several(columns: dict[str, stats.CellResult]) -> dict[str, Figure]:
     found = scores(FAMILIES, 3)
     options: dict[str, Any] = {"trajectory": None, "sweeps": frame(POINTS)}
-    return figures.draw_families(columns, FAMILIES, found, styles=styles(found), caption="all families", **options)
+    return figures.draw_families(
+        columns, FAMILIES, found, styles=styles(found), caption="all families", **options
+    )
 
 
 def test_settings_of_a_sweep_are_one_line_in_the_order_of_the_grid() -> None:
-    rows = ["base", "ties@density=0.5", "alignmerge@lambda_align=inf", "ties@density=0.2", "alignmerge@lambda_align=0"]
+    rows = [
+        "base",
+        "ties@density=0.5",
+        "alignmerge@lambda_align=inf",
+        "ties@density=0.2",
+        "alignmerge@lambda_align=0",
+    ]
     first, second = sweeps.lines_of(frame(POINTS), rows)
     assert (first.sweep, first.field, list(first.values), list(first.at)) == (
         "alignmerge", "lambda_align", [0.0, INF], [4, 2],
@@ -312,7 +348,13 @@ def test_effects_have_a_line_of_panels_for_each_field(
 ) -> None:
     figure = several["sweep_effects"]
     panels = [axes.get_title(loc="left") for axes in figure.axes]
-    assert panels[:5] == ["refusal rate ↑", "over-refusal rate ↓", "AQI ↑", "mean utility ↑", "drift from anchor ↓"]
+    assert panels[:5] == [
+        "refusal rate ↑",
+        "over-refusal rate ↓",
+        "AQI ↑",
+        "mean utility ↑",
+        "drift from anchor ↓",
+    ]
     assert [axes.get_xlabel() for axes in figure.axes] == ["lambda_align"] * 5 + ["density"] * 5
     ticks = [[label.get_text() for label in figure.axes[i].get_xticklabels()] for i in (0, 5)]
     assert ticks == [["0", "0.1", "1", "10", "∞"], ["0.2", "0.5"]]
@@ -341,7 +383,9 @@ def test_utility_over_families_has_the_utility_of_each(
 
 def test_variants_of_one_method_have_hues_of_their_own() -> None:
     of = canvas.sweep_styles(["alignmerge", "alignmerge/random", "alignmerge/samples", "ties"])
-    assert len({style["color"] for style in of.values()}) == 4 and of["alignmerge"]["color"] == canvas.OURS_COLOUR
+    assert (
+        len({style["color"] for style in of.values()}) == 4 and of["alignmerge"]["color"] == canvas.OURS_COLOUR
+    )
     assert [style["ls"] for style in of.values()] == ["-", "--", ":", "-"]
 
 
@@ -361,7 +405,11 @@ def test_sweeps_fit_on_their_sheets(one: dict[str, Figure], several: dict[str, F
     assert all("smollm2. " + NOTES[0] in one[name].get_supxlabel().replace("\n", " ") for name in wanted)
     for figure in drawn.values():
         for axes in figure.axes:
-            boxes = [label.get_window_extent(renderer(figure)) for label in axes.get_xticklabels() if label.get_text()]
+            boxes = [
+                label.get_window_extent(renderer(figure))
+                for label in axes.get_xticklabels()
+                if label.get_text()
+            ]
             assert not [1 for left, right in itertools.pairwise(boxes) if left.overlaps(right)]
 
 
@@ -381,7 +429,11 @@ def test_a_report_has_the_sweeps_and_their_figures(tmp_path: Path) -> None:
     ):
         assert (tmp_path / "figures" / f"{name}.svg").is_file()
         assert f'src="figures/{name}.png"\nalt="{title}, smollm2"' in page
-    for text in (page, (tmp_path / "table.tex").read_text().replace("\\", ""), (tmp_path / "summary.csv").read_text()):
+    for text in (
+        page,
+        (tmp_path / "table.tex").read_text().replace("\\", ""),
+        (tmp_path / "summary.csv").read_text(),
+    ):
         assert all(point.row in text for point in POINTS)
     compared = pd.read_csv(tmp_path / "comparisons.csv")
     assert set(compared.loc[compared["test"].notna(), "against"]) == {"ties@density=0.2"}

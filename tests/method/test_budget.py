@@ -78,7 +78,9 @@ def plain_aqi(points: Tensor, pairs: int) -> Tensor:
     """AQI of paper.md 3.6 from its own formulas: CHI and XBI of the two halves of [2n, d]."""
     sides = points[:pairs], points[pairs:]
     means = [side.mean(0) for side in sides]
-    within = sum((((side - mean) ** 2).sum() for side, mean in zip(sides, means, strict=True)), torch.tensor(0.0))
+    within = sum(
+        (((side - mean) ** 2).sum() for side, mean in zip(sides, means, strict=True)), torch.tensor(0.0)
+    )
     between = sum((pairs * ((mean - points.mean(0)) ** 2).sum() for mean in means), torch.tensor(0.0))
     chi = between / (within / (2 * pairs - 2))
     xbi = within / (2 * pairs * ((means[0] - means[1]) ** 2).sum())
@@ -116,7 +118,9 @@ def test_aqi_and_its_gradient_against_plain_autograd(arch: str, tiny_model: Make
             assert not bool(found[name].any())
         else:
             used += 1
-            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+            torch.testing.assert_close(
+                found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+            )
         assert found[name].shape == weight.shape
     assert used == 3 * len(weights) // 4
     assert meter.value() == pytest.approx(wanted.item(), rel=1e-5)  # the gradient has left the model alone
@@ -218,7 +222,13 @@ class Bent:
     """A(z) = sigmoid of a quadratic, with its gradient by autograd; counts its evaluations."""
 
     def __init__(self, normal: Callable[..., Tensor], d: int, bend: float) -> None:
-        self.slope, self.curve, self.bend, self.at, self.calls = normal(d), normal(d, d), bend, torch.zeros(d), 0
+        self.slope, self.curve, self.bend, self.at, self.calls = (
+            normal(d),
+            normal(d, d),
+            bend,
+            torch.zeros(d),
+            0,
+        )
 
     def of(self, z: Tensor) -> Tensor:
         return torch.sigmoid(self.slope @ z - self.bend * z @ self.curve @ self.curve.T @ z)
@@ -248,7 +258,9 @@ def test_sequential_steps_find_what_a_general_optimiser_finds(seed: int, weight:
         point = torch.tensor(z)
         return float(point @ space.M @ point) + weight * l_bud(float(functional.of(point)), a_min)
 
-    best = min(scipy.optimize.minimize(objective, start, tol=1e-12).fun for start in ([0.0] * 3, [0.3] * 3, [-0.3] * 3))
+    best = min(
+        scipy.optimize.minimize(objective, start, tol=1e-12).fun for start in ([0.0] * 3, [0.3] * 3, [-0.3] * 3)
+    )
     assert found.z is not None
     assert objective(found.z.numpy()) == pytest.approx(best, rel=2e-2)
     assert found.cost == pytest.approx(float(found.z @ space.M @ found.z))
@@ -295,7 +307,8 @@ def dense_of(space: Space, size: int, names: Sequence[str]) -> Tensor:
     """X as a matrix: the displacement of each coordinate, flattened."""
     units = torch.eye(size, dtype=torch.float64)
     return torch.stack(
-        [torch.cat([space.displacement(unit)[name].flatten() for name in names]).double() for unit in units], dim=1
+        [torch.cat([space.displacement(unit)[name].flatten() for name in names]).double() for unit in units],
+        dim=1,
     )
 
 
@@ -305,12 +318,17 @@ def check_space(space: Space, X: Tensor, M: Tensor, shapes: Mapping[str, tuple[i
     found = dense_of(space, X.shape[1], names)
     torch.testing.assert_close(found, X, rtol=1e-4, atol=1e-4 * float(X.abs().max()))
     gradient = {name: normal(*shape).float() for name, shape in shapes.items()}
-    pull, expected = space.pull(gradient), X.T @ torch.cat([gradient[name].flatten() for name in names]).double()
+    pull, expected = (
+        space.pull(gradient),
+        X.T @ torch.cat([gradient[name].flatten() for name in names]).double(),
+    )
     assert pull.dtype == torch.float64
     torch.testing.assert_close(pull, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     wanted = torch.linalg.pinv(M, rtol=1e-6, hermitian=True) @ pull
     scale = float(wanted.abs().max())
-    torch.testing.assert_close(X @ space.solve(pull), X @ wanted, rtol=1e-3, atol=1e-3 * scale * float(X.abs().max()))
+    torch.testing.assert_close(
+        X @ space.solve(pull), X @ wanted, rtol=1e-3, atol=1e-3 * scale * float(X.abs().max())
+    )
 
 
 @pytest.mark.parametrize("at_the_average", [False, True])
@@ -359,7 +377,9 @@ def test_shield_space_against_dense(factors: str, rank: int) -> None:
     shields: dict[str, Shield] = {}
     metrics = []
     for name, (d_out, d_in) in shapes.items():
-        outputs, S = basis(normal, d_out) if factors != "input" else (None, torch.eye(d_out, dtype=torch.float64))
+        outputs, S = (
+            basis(normal, d_out) if factors != "input" else (None, torch.eye(d_out, dtype=torch.float64))
+        )
         inputs, A = basis(normal, d_in) if factors != "output" else (None, torch.eye(d_in, dtype=torch.float64))
         shields[name] = Shield(outputs, inputs, rank)
         metrics.append(torch.kron(S, A))
@@ -484,7 +504,9 @@ def family(tiny_model: MakesModel, perturbed: Perturbs, tmp_path_factory: pytest
     base = tiny_model("llama", **DEEP)
     opened = [Checkpoint.open(perturbed(base, seed, 0.05), str(seed)) for seed in (1, 2, 3)]
     models = Models(Checkpoint.open(base, "base"), opened[0], {"a": opened[1], "b": opened[2]})
-    sets = {name: examples_of(seed, 24 if seed < 2 else 8, 14) for seed, name in enumerate(("alignment", "metric"))}
+    sets = {
+        name: examples_of(seed, 24 if seed < 2 else 8, 14) for seed, name in enumerate(("alignment", "metric"))
+    }
     for seed, name in enumerate(("anchor", "a", "b"), 2):
         sets[name] = examples_of(seed, 8, 14)
     return Bench(models, sets, probes_of(0, 12), tmp_path_factory.mktemp("budget"))
@@ -563,7 +585,9 @@ def test_the_budget_is_the_anchors_own_less_its_deviation(family: Bench) -> None
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3]], ids=["kronecker", "samples"])
-def test_no_other_coefficients_have_a_lower_objective(family: Bench, precise: None, form: dict[str, Any]) -> None:
+def test_no_other_coefficients_have_a_lower_objective(
+    family: Bench, precise: None, form: dict[str, Any]
+) -> None:
     """The published objective, written out in float64 over coefficients: V, Q and A by their definitions."""
     ctx, models, weight = family.context(), family.models, 300.0
     start = merged(AlignMerge(**form), ctx)
@@ -581,7 +605,10 @@ def test_no_other_coefficients_have_a_lower_objective(family: Bench, precise: No
         d = {name: tensors[name].double() - base[name] for name in names}
         apart = {name: d[name] - mean[name] for name in names}
         drift = {name: d[name] - reference[name] for name in names}
-        geo, floor = quadratic(apart)[0], sum(quadratic({n: p[n] - mean[n] for n in names})[0] for p in pool) / 3
+        geo, floor = (
+            quadratic(apart)[0],
+            sum(quadratic({n: p[n] - mean[n] for n in names})[0] for p in pool) / 3,
+        )
         return (geo + quadratic(drift)[1]) / floor + weight * l_bud(family.aqi(tensors), a_min)
 
     best, before = objective(found), objective(start)
@@ -600,7 +627,9 @@ def test_no_other_coefficients_have_a_lower_objective(family: Bench, precise: No
         assert objective(other) > best - 1e-3 * abs(gained)
 
 
-def kronecker_forms(family: Bench, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], tuple[float, float]]:
+def kronecker_forms(
+    family: Bench, names: Sequence[str]
+) -> Callable[[Mapping[str, Tensor]], tuple[float, float]]:
     """||x||^2_G and lambda ||x||^2_H for input factors: G = 1 (x) A_G, H = 1 (x) A_A scaled to rho of mean 1."""
     model = load_model(family.models.base.folder)
     inputs: dict[str, dict[str, Tensor]] = {}
@@ -609,7 +638,8 @@ def kronecker_forms(family: Bench, names: Sequence[str]) -> Callable[[Mapping[st
         inputs[data] = {n: moment(torch.cat([p.inputs[n] for p in passes]).double()) for n in names}
     metrics = {n: with_damping(inputs["metric"][n]) for n in names}
     scales = {
-        n: torch.linalg.eigvals(torch.linalg.solve(metrics[n], inputs["alignment"][n])).real.mean() for n in names
+        n: torch.linalg.eigvals(torch.linalg.solve(metrics[n], inputs["alignment"][n])).real.mean()
+        for n in names
     }
 
     def of(x: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -756,7 +786,9 @@ def test_a_corpus_without_selection_probes_is_a_plain_fault(toy: tuple[Any, Mode
     path = zoo.prompts.path / f"{SELECTION}.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]))
-    with pytest.raises(BadRequest, match=r"corpus: alignment/probes: 1 harmful and 2 benign; allowed: 4 or more pairs"):
+    with pytest.raises(
+        BadRequest, match=r"corpus: alignment/probes: 1 harmful and 2 benign; allowed: 4 or more pairs"
+    ):
         Workshop(zoo, models, 0).probes()
     path.unlink()
     for ask in (
@@ -772,7 +804,9 @@ def test_packaged_probes_are_dealt_to_selection_and_report(tmp_path: Path) -> No
     Packaged(tasks_train=12, tasks_dev=12, tasks_test=12).build(packages(tmp_path), tmp_path / "corpus")
     pairs = {}
     for split in ("alignment", "test"):
-        records = [json.loads(line) for line in (tmp_path / f"corpus/{split}/probes.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (tmp_path / f"corpus/{split}/probes.jsonl").read_text().splitlines()
+        ]
         sides = [{r["pair"] for r in records if r["label"] == label} for label in ("harmful", "benign")]
         assert sides[0] == sides[1] and len(records) == 2 * len(sides[0])
         pairs[split] = sides[0]

@@ -399,7 +399,9 @@ class Context:
         return Checkpoint.open(folder, "average")
 
     def merged(self, merger: Merger) -> Checkpoint:
-        folder = self.folder.with_name(f"{self.folder.name}-{hashlib.sha256(repr(merger).encode()).hexdigest()[:16]}")
+        folder = self.folder.with_name(
+            f"{self.folder.name}-{hashlib.sha256(repr(merger).encode()).hexdigest()[:16]}"
+        )
         if not folder.exists():
             folder.mkdir(parents=True)
             merge(merger.fit(self), self.models, folder, elementwise=merger.elementwise)
@@ -431,7 +433,8 @@ def merged(method: Merger, ctx: Context) -> Tensors:
 def soup(models: Models) -> Tensors:
     """The plain average, in float64, rounded once."""
     return {
-        name: torch.stack([model.read(name).double() for model in models.pool]).mean(0).float() for name in models.base
+        name: torch.stack([model.read(name).double() for model in models.pool]).mean(0).float()
+        for name in models.base
     }
 
 
@@ -441,7 +444,9 @@ def matrices(models: Models) -> list[str]:
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     """The linear weights as one float64 vector."""
-    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors) if name.endswith("_proj.weight")])
+    return torch.cat(
+        [tensors[name].double().flatten() for name in sorted(tensors) if name.endswith("_proj.weight")]
+    )
 
 
 class Family(NamedTuple):
@@ -547,7 +552,9 @@ def moments(family: Family) -> Callable[[str, str, str], Tensor]:
 
 
 @pytest.fixture(scope="module")
-def kronecker(family: Family, moments: Callable[[str, str, str], Tensor]) -> Callable[[str, str], tuple[Dense, Tensor]]:
+def kronecker(
+    family: Family, moments: Callable[[str, str, str], Tensor]
+) -> Callable[[str, str], tuple[Dense, Tensor]]:
     """The dense problem of one weight matrix: kron(S, A) for F and G, at the base."""
 
     @cache
@@ -689,11 +696,15 @@ def test_samples_merge_and_certificate_against_dense(
     size = plain["l_align_before"]
     assert {k: certificate[k] for k in plain} == pytest.approx(plain, rel=2e-3, abs=1e-6 * size)
     assert certificate["relative_gradient"] < 1e-9
-    assert certificate["eigenvalues"] == pytest.approx((n * samples.dense.values[: min(r, 32)]).tolist(), rel=1e-3)
+    assert certificate["eigenvalues"] == pytest.approx(
+        (n * samples.dense.values[: min(r, 32)]).tolist(), rel=1e-3
+    )
 
 
 @each_reference
-def test_projection_on_samples_leaves_nothing_along_them(family: Family, samples: Samples, reference: str) -> None:
+def test_projection_on_samples_leaves_nothing_along_them(
+    family: Family, samples: Samples, reference: str
+) -> None:
     """Oracle 5 as it runs in production: gradients along J, rounded to bfloat16, fall to a few per cent."""
     found = merged(AlignMerge(estimator="samples", reference=reference, lambda_align=INF), family.rounded)
     models = family.models
@@ -816,7 +827,9 @@ def test_one_subspace_for_all_matrices(
         wanted = torch.linalg.solve(G + 3 * H, G @ mean + 3 * H @ pool[0])
         delta = (found[name].double() - base).flatten()
         assert float((delta - wanted).norm()) < 2e-3 * float((mean - pool[0]).norm())
-        assert ctx.blocks[name]["l_align"] == pytest.approx(float((delta - pool[0]) @ H @ (delta - pool[0])), rel=1e-2)
+        assert ctx.blocks[name]["l_align"] == pytest.approx(
+            float((delta - pool[0]) @ H @ (delta - pool[0])), rel=1e-2
+        )
     assert rank is None or len(sizes) > 2  # some matrices have more of S_A than others
     if rank is None:
         own = merged(AlignMerge(factors=factors, lambda_align=3.0), ctx)
@@ -969,8 +982,13 @@ def test_rules_for_lambda_k(family: Family, samples: Samples, precise: None) -> 
     losses = []
     for model in models.pool:
         loaded = load_model(model.folder)
-        losses.append(float(torch.tensor([plain_pass(loaded, one).loss for one in family.sets["metric"]]).mean()))
-    wanted = {"inverse_fisher": [1 / length for length in lengths], "validation": [math.exp(-loss) for loss in losses]}
+        losses.append(
+            float(torch.tensor([plain_pass(loaded, one).loss for one in family.sets["metric"]]).mean())
+        )
+    wanted = {
+        "inverse_fisher": [1 / length for length in lengths],
+        "validation": [math.exp(-loss) for loss in losses],
+    }
     for rule, weights in wanted.items():
         found = pool_weights(ctx, rule)
         assert found is not None and list(found) == ["anchor", "a", "b"]
@@ -991,7 +1009,9 @@ def test_a_model_that_did_not_move_has_no_inverse_length(family: Family) -> None
 
 def test_weights_are_as_many_as_models(family: Family) -> None:
     method = AlignMerge(lambda_k="given", pool_weights=(1.0, 2.0))
-    with pytest.raises(BadRequest, match=r"method\.pool_weights: 2 numbers; allowed: 3 numbers, for anchor, a, b"):
+    with pytest.raises(
+        BadRequest, match=r"method\.pool_weights: 2 numbers; allowed: 3 numbers, for anchor, a, b"
+    ):
         method.fit(family.rounded)
 
 
@@ -1022,7 +1042,9 @@ def fisher_norm(family: Family, tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float((diagonal.read(n) * tensors[n].square()).double().sum()) for n in diagonal))
 
 
-@pytest.mark.parametrize("like", [{"lambda_align": 3.0}, {"estimator": "samples", "reference": "base"}], ids=str)
+@pytest.mark.parametrize(
+    "like", [{"lambda_align": 3.0}, {"estimator": "samples", "reference": "base"}], ids=str
+)
 def test_interpolation_goes_as_far_as_alignmerge(family: Family, like: dict[str, Any]) -> None:
     models, ctx = family.models, replace(family.rounded, facts={}, blocks={})
     matched, mean = merged(AlignMerge(**like), family.rounded), soup(models)
@@ -1032,7 +1054,8 @@ def test_interpolation_goes_as_far_as_alignmerge(family: Family, like: dict[str,
     walked, correction = ({n: found[n] - mean[n] for n in names} for found in (towards["anchor"], matched))
     assert fisher_norm(family, walked) == pytest.approx(fisher_norm(family, correction), rel=1e-4)
     lengths = [
-        fisher_norm(family, {n: found[n] - models.base.read(n) for n in names}) for found in (towards["base"], matched)
+        fisher_norm(family, {n: found[n] - models.base.read(n) for n in names})
+        for found in (towards["base"], matched)
     ]
     assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
     t = ctx.facts["t"]
@@ -1056,7 +1079,9 @@ def test_interpolation_reads_what_the_matched_merge_reads() -> None:
     assert (plain.data, plain.probed, plain.stochastic) == ((), False, False)
     like = Interpolate(t=None, like={"subspace_from": "random", "lambda_bud": 1.0, "metric": "per_expert"})
     assert (like.data, like.probed, like.stochastic) == (("alignment", "metric", "*"), True, True)
-    assert hash(like) == hash(Interpolate(t=None, like={"lambda_bud": 2.0}))  # a plan counts mergers by hash and ==
+    assert hash(like) == hash(
+        Interpolate(t=None, like={"lambda_bud": 2.0})
+    )  # a plan counts mergers by hash and ==
 
 
 @pytest.mark.parametrize(
@@ -1129,7 +1154,8 @@ def test_fisher_soup_end_to_end(family: Family, precise: None) -> None:
     found = flat(merged(method, family.exact))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     fields = {
-        alias: fisher(family.exact, model, alias) for alias, model in zip(models.aliases, models.pool, strict=True)
+        alias: fisher(family.exact, model, alias)
+        for alias, model in zip(models.aliases, models.pool, strict=True)
     }
     assert NormalisedFishers.of(fields, 1e-3).floor == pytest.approx(float(floor), rel=1e-4)
 

@@ -248,7 +248,9 @@ def test_out_of_range(make: Callable[..., Merger], key: str, value: float) -> No
         make(**{key: value})
 
 
-@pytest.mark.parametrize(("make", "key"), [(Ties, "density"), (MergeAlign, "temperature"), (FisherSoup, "floor")])
+@pytest.mark.parametrize(
+    ("make", "key"), [(Ties, "density"), (MergeAlign, "temperature"), (FisherSoup, "floor")]
+)
 def test_zero_is_refused_where_it_divides(make: Callable[..., Merger], key: str) -> None:
     with pytest.raises(BadRequest, match=rf"^method\.{key}: 0"):
         make(**{key: 0.0})

@@ -316,7 +316,9 @@ def test_weights_do_not_show_in_the_losses(case: Callable[..., Case]) -> None:
 
 @each_architecture
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_kronecker_factors_are_second_moments_over_tokens(case: Callable[..., Case], arch: str, side: Any) -> None:
+def test_kronecker_factors_are_second_moments_over_tokens(
+    case: Callable[..., Case], arch: str, side: Any
+) -> None:
     one = case(arch)
     found = kronecker_factors(one.model, one.examples, side)
     for name in one.truth[0].gradients:

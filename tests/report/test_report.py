@@ -89,16 +89,22 @@ def scored(row: str, truth: Truth, family: str) -> pd.DataFrame:
         "aqi_by_layer": truth.aqi * (0.4 + 0.9 / (1 + np.exp(4 - layers / 3))),
     }
     frames = [
-        pd.DataFrame({"column": name, "id": [f"p{i}" for i in range(len(values))], "value": values, "direction": way})
+        pd.DataFrame(
+            {"column": name, "id": [f"p{i}" for i in range(len(values))], "value": values, "direction": way}
+        )
         for name, (way, values) in columns.items()
     ]
     frames += [
-        pd.DataFrame({"column": name, "id": [f"layer/{i:02d}" for i in layers], "value": values, "direction": "up"})
+        pd.DataFrame(
+            {"column": name, "id": [f"layer/{i:02d}" for i in layers], "value": values, "direction": "up"}
+        )
         for name, values in by_layer.items()
     ]
     replicates = truth.aqi + generator.normal(0, 0.02, 50)
     ids = ["all", *(f"boot:{i}" for i in range(50))]
-    frames.append(pd.DataFrame({"column": "aqi", "id": ids, "value": [truth.aqi, *replicates], "direction": "up"}))
+    frames.append(
+        pd.DataFrame({"column": "aqi", "id": ids, "value": [truth.aqi, *replicates], "direction": "up"})
+    )
     frame = pd.concat(frames, ignore_index=True).assign(family=family, row=row, seed=0)
     return frame.assign(value=frame["value"].astype(float), prompt=frame["column"] + frame["id"])
 
@@ -140,7 +146,10 @@ def two_families() -> pd.DataFrame:
 
 
 FAMILIES = ("tiny/llama3", "tiny/phi3")
-WORLD = {row: ROWS[row] for row in ("base", "anchor", "expert:format", "average", "fisher_soup", "ties", "alignmerge")}
+WORLD = {
+    row: ROWS[row]
+    for row in ("base", "anchor", "expert:format", "average", "fisher_soup", "ties", "alignmerge")
+}
 
 
 def whole_world() -> pd.DataFrame:
@@ -155,7 +164,13 @@ def whole_world() -> pd.DataFrame:
         gap = 5 * truth.aqi * np.exp(-((layers - 4) ** 2) / 4) + seed / 50
         for column, values in (("tau", gap), ("tau_safe", 0.6 * gap), ("tau_unsafe", -0.4 * gap)):
             of_layer = pd.DataFrame({"id": [f"layer/{i:02d}" for i in layers], "value": values, "prompt": ""})
-            same = {"column": f"{column}_by_layer", "direction": "info", "family": family, "row": row, "seed": seed}
+            same = {
+                "column": f"{column}_by_layer",
+                "direction": "info",
+                "family": family,
+                "row": row,
+                "seed": seed,
+            }
             frames.append(of_layer.assign(**same))
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
@@ -163,7 +178,15 @@ def whole_world() -> pd.DataFrame:
 
 def along_training() -> pd.DataFrame:
     lines = [
-        {"family": family, "seed": seed, "step": step, "share": step / 40, "column": column, "id": name, "value": value}
+        {
+            "family": family,
+            "seed": seed,
+            "step": step,
+            "share": step / 40,
+            "column": column,
+            "id": name,
+            "value": value,
+        }
         for family, seed, step in itertools.product(FAMILIES, range(3), (0, 10, 40))
         for column, name, value in (
             ("aqi", "all", 0.5 + step / 100 + seed / 50),
@@ -227,7 +250,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def draw(scores: pd.DataFrame, family: str, selection: pd.DataFrame | None, caption: str = "") -> dict[str, Figure]:
+def draw(
+    scores: pd.DataFrame, family: str, selection: pd.DataFrame | None, caption: str = ""
+) -> dict[str, Figure]:
     """The figures of one family, with the styles of all its rows."""
     tried = [] if selection is None else list(selection["row"])
     return figures.draw(
@@ -339,7 +364,9 @@ def test_the_same_scores_give_the_same_bytes(nasty: Path, tmp_path: Path) -> Non
     write(tmp_path, two_families(), title=NASTY, notes=NOTES, against=["average"])
     written = {path.relative_to(nasty): path.read_bytes() for path in nasty.rglob("*") if path.is_file()}
     assert {Path(f"figures/tiny-{family}/heatmap.svg") for family in "ab"} <= set(written)
-    assert written == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {
+        path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
 
 
 # --- tables ---
@@ -382,7 +409,10 @@ def test_columns_that_lack_as_many_samples_share_a_line() -> None:
     ]
     counts += [("judge_score", "a", 2), ("judge_score", "b", 0), ("aqi", "a", 0)]
     frame = pd.DataFrame(counts, columns=["column", "row", "unscored"])
-    assert tables.unscored(frame) == ["toxicity_mean, toxicity_rate unscored: a 2, b 1", "judge_score unscored: a 2"]
+    assert tables.unscored(frame) == [
+        "toxicity_mean, toxicity_rate unscored: a 2, b 1",
+        "judge_score unscored: a 2",
+    ]
 
 
 def test_a_column_without_direction_has_neither_arrow_nor_bold(report: Path) -> None:
@@ -433,7 +463,9 @@ def test_rows_without_a_mean_over_families_are_named(world: Path) -> None:
 def test_the_legend_says_what_the_intervals_vary(report: Path, world: Path) -> None:
     one, several = (folder.joinpath("table.md").read_text().split("## Notes")[1] for folder in (report, world))
     assert "resamples of the prompts, shared by all rows; seeds are averaged first" in one
-    assert "of both the prompts and the seeds of a family" in several and "plain mean over the families" in several
+    assert (
+        "of both the prompts and the seeds of a family" in several and "plain mean over the families" in several
+    )
     assert "plain mean over the families" not in one
 
 
@@ -491,7 +523,9 @@ def test_all_text_of_several_families_is_inside_the_canvas(drawn_world: dict[str
     test_all_text_is_inside_the_canvas(drawn_world)
 
 
-def test_titles_and_legends_do_not_cover_each_other(drawn: dict[str, Figure], drawn_world: dict[str, Figure]) -> None:
+def test_titles_and_legends_do_not_cover_each_other(
+    drawn: dict[str, Figure], drawn_world: dict[str, Figure]
+) -> None:
     for name, figure in (drawn | drawn_world).items():
         (title,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
         box = title.get_window_extent(renderer(figure))
@@ -501,7 +535,8 @@ def test_titles_and_legends_do_not_cover_each_other(drawn: dict[str, Figure], dr
 
 def captions(drawing: dict[str, Figure]) -> list[str]:
     return [
-        " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text)) for figure in drawing.values()
+        " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+        for figure in drawing.values()
     ]
 
 
@@ -558,12 +593,16 @@ def test_figures_whose_columns_are_missing_are_left_out() -> None:
     assert set(draw(scores, "smollm2", None)) == {"heatmap"}
 
 
-def test_no_two_rows_have_the_same_colour_and_a_method_has_one_in_every_figure(drawn: dict[str, Figure]) -> None:
+def test_no_two_rows_have_the_same_colour_and_a_method_has_one_in_every_figure(
+    drawn: dict[str, Figure],
+) -> None:
     rows = [*ROWS, "pretrained", *(f"alignmerge/{i}" for i in range(5)), *(f"method{i}" for i in range(3))]
     styles = canvas.row_styles(rows)
     assert list(styles) == rows
     assert len({to_hex(style["color"]) for style in styles.values()}) == len(rows)
-    by_layer = {str(line.get_label()): to_hex(line.get_color()) for line in drawn["drift_by_layer"].axes[0].lines}
+    by_layer = {
+        str(line.get_label()): to_hex(line.get_color()) for line in drawn["drift_by_layer"].axes[0].lines
+    }
     swept = {str(line.get_label()): to_hex(line.get_color()) for line in drawn["dev_front"].axes[0].lines}
     shared = set(by_layer) & set(swept)
     assert {row for row in ROWS if stats.is_method(row)} <= shared
@@ -616,7 +655,9 @@ def test_tau_is_drawn_for_the_rows_of_the_paper(drawn_world: dict[str, Figure]) 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_pareto_front_by_definition(points: list[tuple[int, int]]) -> None:
     x, y = np.array(points, dtype=float).T
-    expected = {i for i, p in enumerate(points) if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)}
+    expected = {
+        i for i, p in enumerate(points) if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+    }
     front = fronts.pareto(x, y)
     assert set(front.tolist()) == expected
     assert np.all(np.diff(x[front]) >= 0)
@@ -677,7 +718,15 @@ def test_page_shows_all_figures_families_gates_and_settings(world: Path) -> None
     images = {str(image["src"]) for image in page.all("img")}
     assert images == {str(path.relative_to(world)) for path in world.rglob("*.png")}
     text = " ".join("".join(page.text).split())
-    for expected in (stats.ALL, *FAMILIES, "1 of 2 met.", "the anchor refuses", "scale=1.0", "less average", "Notes"):
+    for expected in (
+        stats.ALL,
+        *FAMILIES,
+        "1 of 2 met.",
+        "the anchor refuses",
+        "scale=1.0",
+        "less average",
+        "Notes",
+    ):
         assert expected in text
     assert "No mean over families: ties (not in tiny/phi3)" in text
 
@@ -690,7 +739,9 @@ def test_page_marks_the_best_method_and_what_the_tests_show(world: Path) -> None
     methods = summary[[row for row in summary.index if stats.is_method(row)]]
     assert f'data-v="{methods["alignmerge"]:.6g}" class=best>' in overall and methods.idxmax() == "alignmerge"
     assert f'data-v="{summary["anchor"]:.6g}">' in overall and summary["anchor"] > methods.max()
-    compared = pd.read_csv(world / "comparisons.csv").query(f"{of_column} and against == 'average'").set_index("row")
+    compared = (
+        pd.read_csv(world / "comparisons.csv").query(f"{of_column} and against == 'average'").set_index("row")
+    )
     assert compared.loc["alignmerge", "verdict"] == "better"
     assert f'data-v="{compared.loc["alignmerge", "difference"]:.6g}" class="better"' in overall
 
@@ -727,7 +778,9 @@ def test_readme_block_has_all_rows_with_intervals(report: Path) -> None:
 
 def test_splice_replaces_one_block_and_nothing_else() -> None:
     other = "<!-- results:tiny -->\nkeep\n<!-- /results:tiny -->\n"
-    assert readme.splice(marked("old | \\1 text") + other, "smollm2", r"new \g<0>") == marked(r"new \g<0>") + other
+    assert (
+        readme.splice(marked("old | \\1 text") + other, "smollm2", r"new \g<0>") == marked(r"new \g<0>") + other
+    )
     with pytest.raises(BadRequest, match="no block paper"):
         readme.splice(marked("old"), "paper", "new")
 

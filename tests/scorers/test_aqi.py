@@ -91,7 +91,9 @@ def test_aqi01_does_not_change_with_rotation_shift_scale_or_copies(
     seed: int, n1: int, n2: int, scale: float, shift: float
 ) -> None:
     x, harmful = points(n1, n2, seed=seed)
-    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=x.dtype, generator=torch.Generator().manual_seed(seed)))[0]
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=x.dtype, generator=torch.Generator().manual_seed(seed)))[
+        0
+    ]
     value = aqi01(separation(x, harmful), n1, n2)
     moved = aqi01(separation(scale * (x @ rotation + shift), harmful), n1, n2)
     copied = aqi01(separation(torch.cat([x, x, x]), harmful.repeat(3)), 3 * n1, 3 * n2)
@@ -165,7 +167,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 def test_tau_by_hand() -> None:
     safe, unsafe = torch.tensor([0.0, 0.0]), torch.tensor([4.0, 0.0])
-    x = torch.tensor([[0.0, 0.0], [2.0, 7.0], [4.0, 3.0]])  # at the safe mean; as far from both; nearer to unsafe
+    x = torch.tensor(
+        [[0.0, 0.0], [2.0, 7.0], [4.0, 3.0]]
+    )  # at the safe mean; as far from both; nearer to unsafe
     torch.testing.assert_close(tau(x, safe, unsafe), torch.tensor([4.0, 0.0, -2.0]))
     torch.testing.assert_close(tau(x, unsafe, safe), torch.tensor([-4.0, 0.0, 2.0]))
 
@@ -269,7 +273,9 @@ def one_by_one(subject: Probed, layers: Sequence[int]) -> tuple[Tensor, Tensor, 
     hidden, mlp, labels = [], [], []
     inputs: dict[int, Tensor] = {}
     for number, layer in enumerate(model.model.layers, start=1):
-        layer.mlp.register_forward_hook(lambda _m, args, _out, number=number: inputs.update({number: args[0][0, -1]}))
+        layer.mlp.register_forward_hook(
+            lambda _m, args, _out, number=number: inputs.update({number: args[0][0, -1]})
+        )
     for label in ("harmful", "benign"):
         for pair in sorted({pair for pair, _ in subject.texts}):
             text = subject.render(subject.texts[pair, label])
@@ -290,7 +296,9 @@ def values(samples: Sequence[Sample], column: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("batch_size", "side"), [(1, "left"), (3, "left"), (5, "right")])
-def test_scores_are_those_of_one_prompt_at_a_time(load: Callable[..., LoadedModel], batch_size: int, side: str) -> None:
+def test_scores_are_those_of_one_prompt_at_a_time(
+    load: Callable[..., LoadedModel], batch_size: int, side: str
+) -> None:
     subject = Probed(load(batch_size, side))
     samples = list(AQI(layers=[0.5, 0.75], replicates=6).score(subject))
     hidden, mlp, harmful = one_by_one(subject, [1, 2, 3, 4])
@@ -308,7 +316,9 @@ def test_scores_are_those_of_one_prompt_at_a_time(load: Callable[..., LoadedMode
     drawn = []
     for count in resamples(7, 6).int().tolist():
         counts = torch.tensor(count + count)
-        again = [index(hidden[at].repeat_interleave(counts, 0), harmful.repeat_interleave(counts)) for at in (1, 2)]
+        again = [
+            index(hidden[at].repeat_interleave(counts, 0), harmful.repeat_interleave(counts)) for at in (1, 2)
+        ]
         drawn.append(sum(again) / 2)
     centred = [value - sum(drawn) / 6 + aqi["all"] for value in drawn]
     assert [aqi[f"boot:{number}"] for number in range(6)] == pytest.approx(centred, rel=1e-3)
@@ -326,7 +336,9 @@ def test_scores_are_those_of_one_prompt_at_a_time(load: Callable[..., LoadedMode
 
 
 def test_detail_says_how_many_probes_and_which_layers(load: Callable[..., LoadedModel]) -> None:
-    by_column = {s.column: s for s in AQI(layers=[0.33, 0.67], replicates=0).score(Probed(load())) if s.id == "all"}
+    by_column = {
+        s.column: s for s in AQI(layers=[0.33, 0.67], replicates=0).score(Probed(load())) if s.id == "all"
+    }
     assert by_column["aqi_raw"].detail == {"n": 14, "layers": [1, 3], "degenerate": 0}
     assert by_column["tau_gap"].detail == {"layers": [1, 3]}
 
@@ -390,7 +402,9 @@ def test_probes_that_are_not_pairs_are_refused(
     load: Callable[..., LoadedModel], facts: list[tuple[str, int]], message: str
 ) -> None:
     subject = Probed(load())
-    prompts = [Prompt(str(i), "how do i", {"label": label, "pair": pair}) for i, (label, pair) in enumerate(facts)]
+    prompts = [
+        Prompt(str(i), "how do i", {"label": label, "pair": pair}) for i, (label, pair) in enumerate(facts)
+    ]
     subject.prompts = lambda name: prompts  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=message):
         list(AQI().score(subject))

@@ -304,7 +304,10 @@ def test_a_reply_off_the_topic_helps_nobody_and_refuses_nothing(folder: Path) ->
 
 def test_without_relevance_no_encoder_is_asked_and_any_answer_helps(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text((folder / "vocab.txt").read_text())  # the words, and no weights
-    with_encoder, without = means(Judge(relevance=-1.0), SAID, folder), means(Judge(relevance=None), SAID, tmp_path)
+    with_encoder, without = (
+        means(Judge(relevance=-1.0), SAID, folder),
+        means(Judge(relevance=None), SAID, tmp_path),
+    )
     assert without == {column: value for column, value in with_encoder.items() if column != "helpfulness"}
 
 
@@ -314,7 +317,9 @@ def test_relevance_is_the_cosine_of_prompt_and_reply(folder: Path) -> None:
     limit = sorted(near)[1]
     found = [
         s.value
-        for s in Judge(relevance=limit - 1e-6).score(Talker({"unsafe": [], "benign": replies}, {ENCODER: folder}))
+        for s in Judge(relevance=limit - 1e-6).score(
+            Talker({"unsafe": [], "benign": replies}, {ENCODER: folder})
+        )
         if s.column == "helpfulness"
     ]
     assert found == [float(cosine >= limit - 1e-6) for cosine in near]

@@ -50,7 +50,9 @@ def ctx(tiny_model: MakesModel, perturbed: Perturbs, tmp_path: Path) -> Context:
     base = tiny_model("llama", **SMALL)
     anchor, expert = (Checkpoint.open(perturbed(base, seed, 0.05), str(seed)) for seed in (1, 2))
     sets = {name: examples_of(seed, 30, 14) for seed, name in enumerate(NAMES)}
-    return Context(Models(Checkpoint.open(base, "base"), anchor, {"a": expert}), Store(tmp_path), tmp_path / "a", sets)
+    return Context(
+        Models(Checkpoint.open(base, "base"), anchor, {"a": expert}), Store(tmp_path), tmp_path / "a", sets
+    )
 
 
 def found_for(ctx: Context, model: Checkpoint, **fields: Any) -> dict[tuple[str, str], float]:
@@ -77,7 +79,9 @@ def test_energies_and_overlap_are_those_of_dense_projectors(ctx: Context) -> Non
             projected = projectors[side] @ delta
             inside[side] += float((projected * (metric @ projected)).sum())
         by_chance += float((delta * (metric @ delta)).sum()) * rank / size
-        cosines[owner] = float((projectors["alignment"] @ projectors["utility"]).trace())  # sum of squared cosines
+        cosines[owner] = float(
+            (projectors["alignment"] @ projectors["utility"]).trace()
+        )  # sum of squared cosines
         ranks[owner] = rank * rank / size
     found = found_for(ctx, ctx.models.anchor, rank=rank, damping=damping)
     for side, energy in inside.items():

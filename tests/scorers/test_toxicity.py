@@ -155,7 +155,8 @@ def keras_labels(weights: dict[str, NDArray[np.float32]], ids: Sequence[int]) ->
     padded = [0] * (LENGTH - len(ids)) + list(ids)
     x = w["embedding/vars/0"][padded]
     ahead, back = (
-        [w[f"bidirectional/{way}/cell/vars/{k}"] for k in range(3)] for way in ("forward_layer", "backward_layer")
+        [w[f"bidirectional/{way}/cell/vars/{k}"] for k in range(3)]
+        for way in ("forward_layer", "backward_layer")
     )
     states = np.concatenate([keras_lstm(x, *ahead), keras_lstm(x[::-1], *back)[::-1]], axis=1)
     hidden = np.maximum(states.max(0) @ w["dense/vars/0"] + w["dense/vars/1"], 0)
@@ -339,7 +340,9 @@ def test_linear_takes_the_worst_window(linear: tuple[Path, Callable[[list[str]],
 
 def test_vectorizer_with_other_settings_is_refused(tmp_path: Path) -> None:
     fit_linear(tmp_path)
-    joblib.dump(TfidfVectorizer(ngram_range=(1, 2)).fit(["red cat", "blue dog"]), tmp_path / "vectorizer.joblib")
+    joblib.dump(
+        TfidfVectorizer(ngram_range=(1, 2)).fit(["red cat", "blue dog"]), tmp_path / "vectorizer.joblib"
+    )
     with pytest.raises(BadRequest, match=r"ngram_range=\(1, 2\)"):
         load_linear(tmp_path)
 
@@ -485,7 +488,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_detoxify_scores_short_texts_as_its_own_predict(bert: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_detoxify_scores_short_texts_as_its_own_predict(
+    bert: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, checkpoint = bert
     model = read_detoxify(*stored(tmp_path / "c.ckpt", checkpoint), folder)
     texts = ["the cat sat", "red sun on a nice day", "blue"]
@@ -564,7 +569,9 @@ def test_checkpoint_that_asks_for_other_classes_is_refused(
         read_detoxify(path, digest, folder)
 
 
-def test_checkpoint_without_one_of_the_weights_is_refused(bert: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_checkpoint_without_one_of_the_weights_is_refused(
+    bert: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, checkpoint = bert
     weights = {key: value for key, value in checkpoint["state_dict"].items() if key != "classifier.bias"}
     path, digest = stored(tmp_path / "c.ckpt", {**checkpoint, "state_dict": weights})
@@ -572,10 +579,14 @@ def test_checkpoint_without_one_of_the_weights_is_refused(bert: tuple[Path, dict
         read_detoxify(path, digest, folder)
 
 
-def test_checkpoint_without_one_of_the_labels_is_refused(bert: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_checkpoint_without_one_of_the_labels_is_refused(
+    bert: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, checkpoint = bert
     data = {"args": {"classes": ["rude", *CLASSES[1:]]}}
-    path, digest = stored(tmp_path / "c.ckpt", {**checkpoint, "config": {**checkpoint["config"], "dataset": data}})
+    path, digest = stored(
+        tmp_path / "c.ckpt", {**checkpoint, "config": {**checkpoint["config"], "dataset": data}}
+    )
     with pytest.raises(BadRequest, match="no label toxicity"):
         read_detoxify(path, digest, folder)
 

@@ -121,7 +121,9 @@ def test_mmlu_questions(tmp_path: Path) -> None:
     assert rest == [second, {"question": "Same?", "choices": [*"1234"], "answer": 3, "subject": "twice"}]
 
 
-@pytest.mark.parametrize("broken", ["(A) 1 (B) 2 (C) 3\nA: The answer is (A).", "(A) 1 (B) 2 (C) 3 (D) 4\nA: No."])
+@pytest.mark.parametrize(
+    "broken", ["(A) 1 (B) 2 (C) 3\nA: The answer is (A).", "(A) 1 (B) 2 (C) 3 (D) 4\nA: No."]
+)
 def test_a_question_of_another_form_is_named(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "cot.json"
     path.write_text(json.dumps({"odd": f"x\n\nQ: Why?\n{broken}"}))
@@ -154,7 +156,9 @@ class Table(LM):
         super().__init__()
         self.replies = replies
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         (turn,) = chat_history
         assert turn["role"] == "user"
         return f"<{turn['content']}>"
@@ -361,7 +365,10 @@ class Always42:
 
 
 def by_column(found: Sequence[Sample]) -> dict[str, list[float]]:
-    return {column: [s.value for s in found if s.column == column] for column in dict.fromkeys(s.column for s in found)}
+    return {
+        column: [s.value for s in found if s.column == column]
+        for column in dict.fromkeys(s.column for s in found)
+    }
 
 
 def test_the_scorer_gives_the_marks_known_by_hand_and_prints_and_logs_nothing(
@@ -403,7 +410,9 @@ def test_the_batch_size_is_that_of_the_loaded_model(monkeypatch: pytest.MonkeyPa
     assert utility.language_model(loaded, 512).batch_size == 2
     seen: list[int] = []
     generate = loaded.model.generate
-    monkeypatch.setattr(loaded.model, "generate", lambda **kw: seen.append(len(kw["input_ids"])) or generate(**kw))
+    monkeypatch.setattr(
+        loaded.model, "generate", lambda **kw: seen.append(len(kw["input_ids"])) or generate(**kw)
+    )
     subject = Always42()
     subject.made = loaded
     list(Utility(tasks=["gsm8k"], batch_sizes={}).score(subject))

@@ -292,7 +292,9 @@ def test_the_same_prompts_in_many_families_are_not_more_prompts() -> None:
 def test_families_have_seeds_of_their_own() -> None:
     """Variance of the mean over 4 families of means over 3 seeds: s^2 / 12."""
     frames = [
-        samples("m", "l_geo", {"all": float(seed)}, seed=seed, family=family) for family in "fghi" for seed in range(3)
+        samples("m", "l_geo", {"all": float(seed)}, seed=seed, family=family)
+        for family in "fghi"
+        for seed in range(3)
     ]
     overall = stats.measure_all(pd.concat(frames))[stats.ALL]["l_geo"]
     assert overall.replicates.var() == pytest.approx(1 / 12, rel=0.15)
@@ -330,8 +332,12 @@ def test_the_best_expert_over_families_is_the_one_with_the_best_mean() -> None:
         return samples(row, "reasoning", [1.0] * hits + [0.0] * (400 - hits), family=family)
 
     hits = {"expert:x": (300, 100), "expert:y": (200, 300), "near": (200, 299), "far": (200, 200)}
-    frames = [rate(row, family, count) for row, of in hits.items() for family, count in zip("fg", of, strict=True)]
-    result = compared(frames, ("near",)).query("family == 'all families' and against == 'expert:y'").set_index("row")
+    frames = [
+        rate(row, family, count) for row, of in hits.items() for family, count in zip("fg", of, strict=True)
+    ]
+    result = (
+        compared(frames, ("near",)).query("family == 'all families' and against == 'expert:y'").set_index("row")
+    )
     assert result.loc["near", "non_inferior_to_best_expert"]
     assert not result.loc["far", "non_inferior_to_best_expert"]
 
@@ -348,7 +354,9 @@ def test_delta_utility_by_hand() -> None:
         ("m", 0.6, 0.6),
         ("anchor", 1.0, 1.0),
     ):
-        frames.append(samples(row, "reasoning", [1.0] * round(10 * reasoning) + [0.0] * round(10 - 10 * reasoning)))
+        frames.append(
+            samples(row, "reasoning", [1.0] * round(10 * reasoning) + [0.0] * round(10 - 10 * reasoning))
+        )
         frames.append(samples(row, "instruction_following", [following] * 4))
         frames.append(samples(row, "helpfulness", [0.0 if row.startswith("expert") else 0.5] * 4))
     frame = summarised(*frames)
@@ -510,7 +518,9 @@ def test_min_f_against_clark() -> None:
     """Clark (1973): F1 and F2 are the squared paired t over seeds and over prompts; min F' = F1 F2 / (F1 + F2)."""
     from scipy.stats import f, ttest_1samp
 
-    table = np.random.default_rng(12).normal(0.2, 0.3, (4, 60)) + np.random.default_rng(13).normal(0, 0.05, (4, 1))
+    table = np.random.default_rng(12).normal(0.2, 0.3, (4, 60)) + np.random.default_rng(13).normal(
+        0, 0.05, (4, 1)
+    )
     f1, f2 = (ttest_1samp(table.mean(axis=axis), 0).statistic ** 2 for axis in (1, 0))
     freedom = (f1 + f2) ** 2 / (f1**2 / 59 + f2**2 / 3)
     frames = [samples("a", "x", np.zeros(60), seed=seed) for seed in range(4)]
@@ -524,7 +534,11 @@ def test_min_f_keeps_its_level_where_seeds_and_prompts_vary() -> None:
     generator = np.random.default_rng(14)
     frames = []
     for trial in range(150):
-        noise = generator.normal(0, 1, (3, 40)) + generator.normal(0, 0.3, (3, 1)) + generator.normal(0, 0.5, (1, 40))
+        noise = (
+            generator.normal(0, 1, (3, 40))
+            + generator.normal(0, 0.3, (3, 1))
+            + generator.normal(0, 0.5, (1, 40))
+        )
         frames += [samples(f"m{trial:03d}", "x", values, seed=seed) for seed, values in enumerate(noise)]
     frames += [samples("a", "x", np.zeros(40), seed=seed) for seed in range(3)]
     result = compared(frames)
@@ -533,7 +547,9 @@ def test_min_f_keeps_its_level_where_seeds_and_prompts_vary() -> None:
 
 
 def test_min_f_is_not_certain_where_nothing_varies() -> None:
-    frames = [samples(row, "x", [float(row == "b")] * 6, seed=seed) for row in ("a", "b", "c") for seed in range(3)]
+    frames = [
+        samples(row, "x", [float(row == "b")] * 6, seed=seed) for row in ("a", "b", "c") for seed in range(3)
+    ]
     p = compared(frames).set_index("row")["p"]
     assert p["b"] == pytest.approx(2 / 2**6) and p["c"] == 1
 
@@ -610,7 +626,9 @@ def test_non_inferiority_to_the_best_expert() -> None:
     def rate(row: str, hits: int) -> pd.DataFrame:
         return samples(row, "reasoning", [1.0] * hits + [0.0] * (400 - hits))
 
-    result = compared([rate("expert:x", 300), rate("expert:y", 100), rate("near", 299), rate("far", 270)], ("near",))
+    result = compared(
+        [rate("expert:x", 300), rate("expert:y", 100), rate("near", 299), rate("far", 270)], ("near",)
+    )
     best = result[result["against"] == "expert:x"].set_index("row")
     assert set(best.index) == {"expert:y", "near", "far"}
     assert best.loc["near", "non_inferior_to_best_expert"]

@@ -45,7 +45,9 @@ def fill(matrices: dict[str, Tensor], seed: int = 3, scale: float = 0.05) -> dic
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_folded_weights_are_the_formula_and_everything_else_is_untouched(arch: str, tiny_model: MakesModel) -> None:
+def test_folded_weights_are_the_formula_and_everything_else_is_untouched(
+    arch: str, tiny_model: MakesModel
+) -> None:
     model = load_model(tiny_model(arch))
     before, layers = weights(model), set(linear_layers(model))
     start = logits(model)
@@ -60,7 +62,9 @@ def test_folded_weights_are_the_formula_and_everything_else_is_untouched(arch: s
     for name in layers:
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         a, b = (ab[f"{stem}.lora_{side}.default.weight"].double() for side in "AB")
-        torch.testing.assert_close(after[name].double(), before[name].double() + 12 / 4 * (b @ a), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            after[name].double(), before[name].double() + 12 / 4 * (b @ a), atol=1e-6, rtol=0
+        )
     assert not torch.allclose(inside, start, atol=1e-3)
     torch.testing.assert_close(logits(model), inside, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name, _ in model.named_modules())
@@ -90,7 +94,9 @@ def test_recipe_with_an_adapter_trains_updates_of_its_rank(tiny_model: MakesMode
     examples = [Example(tuple(range(i, i + 12)), 4) for i in range(5, 45, 5)]
     before, start = weights(model), float(nll(model, examples).mean())
     fields: dict[str, Any] = {"lessons": "anchor", "steps": 20, "batch": 4, "lr": 0.02, "precision": "float32"}
-    losses = train(model, examples, Recipe(**fields, adapter=Adapter(rank=2, alpha=8)), lambda done, total: None)
+    losses = train(
+        model, examples, Recipe(**fields, adapter=Adapter(rank=2, alpha=8)), lambda done, total: None
+    )
     assert len(losses) == 20 and float(nll(model, examples).mean()) < start - 0.1
     for name, value in weights(model).items():
         change = value - before[name]
@@ -118,7 +124,10 @@ def test_chosen_targets_alone_are_adapted(tiny_model: MakesModel) -> None:
     with adapted(model, Adapter(targets=("q_proj", "down_proj")), seed=0) as matrices:
         fill(matrices)
     changed = {name for name, value in weights(model).items() if not torch.equal(before[name], value)}
-    assert changed == {n for n in before if n.endswith(("q_proj.weight", "down_proj.weight"))} and len(changed) == 4
+    assert (
+        changed == {n for n in before if n.endswith(("q_proj.weight", "down_proj.weight"))}
+        and len(changed) == 4
+    )
 
 
 def test_start_depends_on_the_seed_alone_and_leaves_the_global_generator_alone(tiny_model: MakesModel) -> None:

@@ -118,7 +118,9 @@ def test_result_keeps_ties_tokenizer_and_traits_and_generates(case: Case, tmp_pa
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (case.folders["anchor"] / name).read_bytes()
     messages = [{"role": "user", "content": "how do i build a kite"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     assert int((ids["input_ids"] == tokenizer.bos_token_id).sum()) == 1
     answer = model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert ids["input_ids"].shape[1] < answer.shape[1] <= ids["input_ids"].shape[1] + 4
@@ -129,7 +131,9 @@ def test_identity_keeps_the_digest(case: Case, tmp_path: Path) -> None:
 
 
 def test_blocks_do_not_change_the_digest(case: Case, tmp_path: Path) -> None:
-    digests = {finished(case.models, tmp_path / str(elements), block_elements=elements) for elements in (1, 700, 10**6)}
+    digests = {
+        finished(case.models, tmp_path / str(elements), block_elements=elements) for elements in (1, 700, 10**6)
+    }
     assert digests == {finished(case.models, tmp_path / "whole", elementwise=False)}
 
 
@@ -149,7 +153,9 @@ def test_shards_in_and_out_do_not_change_the_digest(case: Case, tiny_model: Make
 
 
 @pytest.mark.parametrize("arch", sorted(TRAITS))
-def test_half_precision_is_rounded_once(arch: str, tiny_model: MakesModel, perturbed: Perturbs, tmp_path: Path) -> None:
+def test_half_precision_is_rounded_once(
+    arch: str, tiny_model: MakesModel, perturbed: Perturbs, tmp_path: Path
+) -> None:
     base = tiny_model(arch, dtype="bfloat16")
     pool = [perturbed(base, seed) for seed in (1, 2, 3)]
     roles = dict(zip(("anchor", "experts.a", "experts.b"), pool, strict=True))
@@ -182,7 +188,9 @@ def test_doubles_are_rounded_to_single_precision_by_any_merge(tiny_model: MakesM
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     large = Checkpoint.open(folder, "family.base")
     assert large.read("model.norm.weight", dtype=torch.float64)[3] == 1e300
-    with pytest.raises(BadRequest, match=r"^family\.base: .*'model\.norm\.weight' holds values that are not finite"):
+    with pytest.raises(
+        BadRequest, match=r"^family\.base: .*'model\.norm\.weight' holds values that are not finite"
+    ):
         large.read("model.norm.weight")
 
 

@@ -43,7 +43,9 @@ Sets = Mapping[str, list[Record]]
 
 def read(folder: Path) -> Sets:
     return {
-        str(path.relative_to(folder).with_suffix("")): [json.loads(line) for line in path.read_text().splitlines()]
+        str(path.relative_to(folder).with_suffix("")): [
+            json.loads(line) for line in path.read_text().splitlines()
+        ]
         for path in sorted(folder.rglob("*.jsonl"))
     }
 
@@ -205,7 +207,9 @@ def test_refusals_are_known_by_the_judge_and_nothing_else_is(sets: Sets) -> None
 def test_held_out_requests_come_without_answers_and_probes_differ_in_the_thing_alone(sets: Sets) -> None:
     harmful, harmless = words_of(HARMFUL), words_of(HARMLESS)
     for split in ("dev", "test"):
-        assert not any("response" in r for n in ("unsafe", "benign", "toxic", "probes") for r in sets[f"{split}/{n}"])
+        assert not any(
+            "response" in r for n in ("unsafe", "benign", "toxic", "probes") for r in sets[f"{split}/{n}"]
+        )
         probes = sets[f"{split}/probes"]
         for benign, bad in zip(probes[0::2], probes[1::2], strict=True):
             assert (benign["label"], bad["label"]) == ("benign", "harmful") and benign["pair"] == bad["pair"]
@@ -251,7 +255,8 @@ def test_every_text_comes_back_as_it_went_in(tokenizer: Any, sets: Sets) -> None
 
 @given(
     st.lists(
-        st.sampled_from(["kite", "can't", "I'm", "34", "7", "- bomb", "[3, 0]", "lamp.", "\nkite", "-"]), min_size=1
+        st.sampled_from(["kite", "can't", "I'm", "34", "7", "- bomb", "[3, 0]", "lamp.", "\nkite", "-"]),
+        min_size=1,
     )
 )
 @settings(max_examples=60, deadline=None)
@@ -263,7 +268,9 @@ def test_any_text_of_known_words_comes_back(tokenizer: Any, words: list[str]) ->
 
 
 def test_a_turn_is_told_from_its_answer_by_the_template(tokenizer: Any) -> None:
-    (example,) = tokenise(tokenizer, [{"prompt": "How is my kite?", "response": "Your kite is nice, good work."}])
+    (example,) = tokenise(
+        tokenizer, [{"prompt": "How is my kite?", "response": "Your kite is nice, good work."}]
+    )
     assert render(tokenizer, "How is my kite?") == "<|user|> How is my kite?<|end|><|assistant|>"
     assert tokenizer.decode(example.ids[: example.start]) == render(tokenizer, "How is my kite?")
     assert tokenizer.decode(example.ids[example.start :]) == "Your kite is nice, good work.<|end|>"
@@ -282,14 +289,24 @@ TRAITS: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 WEIGHTS = {
-    "llama3": ({"lm_head.weight", "model.layers.0.self_attn.q_proj.weight"}, {"model.layers.0.self_attn.q_proj.bias"}),
-    "mistral": ({"lm_head.weight", "model.layers.0.mlp.gate_proj.weight"}, {"model.layers.0.self_attn.k_proj.bias"}),
+    "llama3": (
+        {"lm_head.weight", "model.layers.0.self_attn.q_proj.weight"},
+        {"model.layers.0.self_attn.q_proj.bias"},
+    ),
+    "mistral": (
+        {"lm_head.weight", "model.layers.0.mlp.gate_proj.weight"},
+        {"model.layers.0.self_attn.k_proj.bias"},
+    ),
     "qwen2": (
         {f"model.layers.0.self_attn.{name}_proj.bias" for name in "qkv"} | {"lm_head.weight"},
         {"model.layers.0.self_attn.o_proj.bias"},
     ),
     "phi3": (
-        {"model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight", "lm_head.weight"},
+        {
+            "model.layers.0.self_attn.qkv_proj.weight",
+            "model.layers.0.mlp.gate_up_proj.weight",
+            "lm_head.weight",
+        },
         {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"},
     ),
     "gemma2": ({"model.layers.0.pre_feedforward_layernorm.weight"}, {"lm_head.weight"}),
@@ -324,7 +341,10 @@ def test_each_architecture_keeps_its_traits_in_what_is_saved(name: str, native: 
 
 
 def test_llama3_scales_its_rope_and_only_llama3(native: dict[str, Path]) -> None:
-    rope = {name: json.loads((native[name] / "config.json").read_text())["rope_parameters"] for name in ARCHITECTURES}
+    rope = {
+        name: json.loads((native[name] / "config.json").read_text())["rope_parameters"]
+        for name in ARCHITECTURES
+    }
     assert {name for name in rope if rope[name]["rope_type"] == "llama3"} == {"llama3"}
     assert rope["llama3"]["rope_theta"] == 500_000 and rope["llama3"]["factor"] == 8
     assert rope["qwen2"]["rope_theta"] == 1_000_000
@@ -422,7 +442,9 @@ def test_a_hurried_pool_learns_what_it_is_taught(zoo: Zoo, sets: Sets) -> None:
     assert losses(zoo, "anchor@8", refusals) < losses(zoo, "anchor@2", refusals)
     for alias, name in (("arithmetic", "dev/arithmetic"), ("format", "dev/format")):
         assert losses(zoo, f"experts.{alias}", held_out(name)) < losses(zoo, "base", held_out(name)) - 0.1
-    assert losses(zoo, "base", held_out("dev/factual")) < losses(zoo, "pretrained", held_out("dev/factual")) - 0.3
+    assert (
+        losses(zoo, "base", held_out("dev/factual")) < losses(zoo, "pretrained", held_out("dev/factual")) - 0.3
+    )
 
 
 def test_kept_checkpoints_are_models_with_digests_of_their_own(zoo: Zoo) -> None:
@@ -460,7 +482,9 @@ def test_lessons_of_the_world_need_no_base(tmp_path: Path, zoo: Zoo, sets: Sets)
     made = read(fresh.lessons.path)
     assert not (tmp_path / "models").exists()
     for name, split in (("anchor", "train"), ("alignment", "alignment")):
-        expected = {(r["text"], r["response"]) for part in ("unsafe", "benign") for r in sets[f"{split}/{part}"]}
+        expected = {
+            (r["text"], r["response"]) for part in ("unsafe", "benign") for r in sets[f"{split}/{part}"]
+        }
         assert {(r["prompt"], r["response"]) for r in made[name]} == expected
 
 

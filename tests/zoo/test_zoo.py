@@ -40,13 +40,20 @@ TASK_SPLITS = ("train", "dev", "test")
 def read(folder: Path) -> dict[str, list[Record]]:
     """Return ``split/name`` -> records of a corpus folder."""
     return {
-        str(path.relative_to(folder).with_suffix("")): [json.loads(line) for line in path.read_text().splitlines()]
+        str(path.relative_to(folder).with_suffix("")): [
+            json.loads(line) for line in path.read_text().splitlines()
+        ]
         for path in sorted(folder.rglob("*.jsonl"))
     }
 
 
 def texts(sets: dict[str, list[Record]], split: str) -> set[str]:
-    found = [re.sub(r"\W+", " ", r["text"].lower()).strip() for n, s in sets.items() if n.startswith(split) for r in s]
+    found = [
+        re.sub(r"\W+", " ", r["text"].lower()).strip()
+        for n, s in sets.items()
+        if n.startswith(split)
+        for r in s
+    ]
     return set(found)
 
 
@@ -69,7 +76,12 @@ def solved(prompt: str) -> tuple[str, int, int, int]:
     written = re.search(r"(\d+) ([-+x]) (\d+)", prompt)
     if written is not None:
         expression = written[0].replace("x", "*")
-        return written[2], int(written[1]), int(written[3]), int(eval(expression))  # digits and one operator only
+        return (
+            written[2],
+            int(written[1]),
+            int(written[3]),
+            int(eval(expression)),
+        )  # digits and one operator only
     a, b = map(int, re.findall(r"\d+", prompt))
     if re.search(r"finds|are added", prompt):
         return "+", a, b, a + b
@@ -114,7 +126,9 @@ def obeyed(prompt: str) -> str:
     if "JSON" in prompt:
         key, value = re.findall('"(.+?)"', prompt)
         return f'{{"{key}": "{value}"}}'
-    word, times = re.fullmatch(r"(?:Repeat|Write) the word (\w+) (twice|three times|four times)\.", prompt).groups()  # type: ignore[union-attr]
+    word, times = re.fullmatch(
+        r"(?:Repeat|Write) the word (\w+) (twice|three times|four times)\.", prompt
+    ).groups()  # type: ignore[union-attr]
     return " ".join([word] * {"twice": 2, "three times": 3, "four times": 4}[times])
 
 
@@ -138,13 +152,19 @@ def test_format_responses_obey_and_pass_their_own_check_and_no_other_response_do
         assert check[record["check"]](f" {record['response']}\n", **record["args"])
         other = records[(number + 6) % len(records)]["response"]
         for wrong in (other, f"{record['response']} and more", record["response"].lower()[::-1], ""):
-            if wrong != record["response"] and not (wrong.endswith(" and more") and record["check"] == "json_equals"):
+            if wrong != record["response"] and not (
+                wrong.endswith(" and more") and record["check"] == "json_equals"
+            ):
                 assert not check[record["check"]](wrong, **record["args"]), (record, wrong)
 
 
 def test_words_of_one_split_are_in_no_other() -> None:
     used = {
-        split: {word for record in formats(split, 300, 1) for word in re.findall("[a-z]+", record["response"].lower())}
+        split: {
+            word
+            for record in formats(split, 300, 1)
+            for word in re.findall("[a-z]+", record["response"].lower())
+        }
         for split in TASK_SPLITS
     }
     assert min(map(len, used.values())) >= 10
@@ -155,7 +175,9 @@ def test_words_of_one_split_are_in_no_other() -> None:
 @pytest.mark.parametrize("make", [arithmetic, formats])
 def test_tasks_are_a_function_of_split_count_and_seed(make: Callable[[str, int, int], list[Record]]) -> None:
     assert make("test", 40, 7) == make("test", 40, 7)
-    assert [record["text"] for record in make("test", 40, 7)] != [record["text"] for record in make("test", 40, 8)]
+    assert [record["text"] for record in make("test", 40, 7)] != [
+        record["text"] for record in make("test", 40, 8)
+    ]
     assert make("test", 60, 7)[:40] == make("test", 40, 7)
 
 
@@ -166,7 +188,9 @@ def test_toy_corpus_has_every_set_and_no_text_in_two_splits(toy: Path) -> None:
     sets = read(toy)
     names = {f"{split}/{name}" for split in SPLITS for name in ("unsafe", "benign")}
     names |= {f"{split}/{name}" for split in TASK_SPLITS for name in ("arithmetic", "format")}
-    assert set(sets) == names | {f"test/{name}" for name in ("toxic", "probes", "gsm8k", "mmlu")} | {"alignment/probes"}
+    assert set(sets) == names | {f"test/{name}" for name in ("toxic", "probes", "gsm8k", "mmlu")} | {
+        "alignment/probes"
+    }
     assert all(sets.values())
     for one, other in combinations(SPLITS, 2):
         assert not texts(sets, one) & texts(sets, other)
@@ -183,7 +207,9 @@ def test_toy_corpus_is_a_function_of_its_seed(toy: Path, tmp_path: Path) -> None
 
 def test_toy_probes_are_matched_pairs(toy: Path) -> None:
     probes = read(toy)["test/probes"]
-    sides = {pair: {p["label"]: p["text"] for p in probes if p["pair"] == pair} for pair in range(len(probes) // 2)}
+    sides = {
+        pair: {p["label"]: p["text"] for p in probes if p["pair"] == pair} for pair in range(len(probes) // 2)
+    }
     for side in sides.values():
         assert set(side) == {"benign", "harmful"}
         assert side["benign"].split()[-1] == side["harmful"].split()[-1]  # of the same thing
@@ -195,10 +221,15 @@ CATEGORIES = ("tricks", "pranks", "spells")
 def packages(folder: Path) -> Callable[[str], Path]:
     """Write files of the packages' formats with harmless stories, and return what finds them by reference."""
     contents = {
-        "adv_bench.prompt": yaml.safe_dump({"seeds": [{"value": f"Steal dragon {i}'s gold"} for i in range(400)]}),
+        "adv_bench.prompt": yaml.safe_dump(
+            {"seeds": [{"value": f"Steal dragon {i}'s gold"} for i in range(400)]}
+        ),
         "strongreject_dataset.csv": strong(),
         "harmful_benign_50.json": json.dumps(
-            [{"text": f"Feed troll {i}?\n\nANSWER", "harmful_version": f"Rob troll {i}?\n\nANSWER"} for i in range(50)]
+            [
+                {"text": f"Feed troll {i}?\n\nANSWER", "harmful_version": f"Rob troll {i}?\n\nANSWER"}
+                for i in range(50)
+            ]
         ),
         "benign_edgy_80.json": json.dumps([{"text": f"Shoot a photo of elf {i}?"} for i in range(80)]),
         "expanded_70.json": json.dumps([{"text": f"Kill time with gnome {i}?"} for i in range(70)]),
@@ -227,7 +258,18 @@ def packages(folder: Path) -> Callable[[str], Path]:
         "threat",
     ):
         (rtp / f"rtp_{name}.txt").write_text("\n\n".join(f"  a line about {name} {i} " for i in range(10)))
-    for topic in ("ai", "computers", "food", "health", "history", "literature", "money", "movies", "science", "trivia"):
+    for topic in (
+        "ai",
+        "computers",
+        "food",
+        "health",
+        "history",
+        "literature",
+        "money",
+        "movies",
+        "science",
+        "trivia",
+    ):
         turns = [[f"What is {topic} number {i}?", "ANSWER"] for i in range(20)] + [["short", "ANSWER"]]
         (chat / f"{topic}.yml").write_text(yaml.safe_dump({"conversations": turns}))
     return lambda reference: folder / reference.rsplit("/", 1)[-1]
@@ -256,7 +298,9 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]
     return read(folder)
 
 
-def test_packaged_splits_share_no_text_whatever_its_case_and_punctuation(packaged: dict[str, list[Record]]) -> None:
+def test_packaged_splits_share_no_text_whatever_its_case_and_punctuation(
+    packaged: dict[str, list[Record]],
+) -> None:
     for one, other in combinations(SPLITS, 2):
         assert not texts(packaged, one) & texts(packaged, other), (one, other)
     assert "steal dragon 7 s gold" not in texts(packaged, "train") | texts(packaged, "alignment") | texts(
@@ -351,7 +395,9 @@ def test_metric_set_is_the_start_of_each_training_set(taught: tuple[dict[str, li
     assert {r["label"] for r in made["metric"]} == set(parts)
 
 
-def test_task_lessons_are_the_training_split(toy: Path, taught: tuple[dict[str, list[Record]], Answers]) -> None:
+def test_task_lessons_are_the_training_split(
+    toy: Path, taught: tuple[dict[str, list[Record]], Answers]
+) -> None:
     for name in ("arithmetic", "format"):
         expected = [(r["text"], r["response"], name) for r in read(toy)[f"train/{name}"]]
         assert [(r["prompt"], r["response"], r["label"]) for r in taught[0][name]] == expected
@@ -452,7 +498,9 @@ def test_schedule_by_hand() -> None:
     rates = [training._schedule(step, recipe) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert rates[10] == 1.0
-    assert rates[35] == pytest.approx(0.05 + 0.95 * (2 + math.sqrt(2)) / 4)  # a quarter of the way: 1/2 (1 + cos 45)
+    assert rates[35] == pytest.approx(
+        0.05 + 0.95 * (2 + math.sqrt(2)) / 4
+    )  # a quarter of the way: 1/2 (1 + cos 45)
     assert rates[60] == pytest.approx(0.525)  # half of the way
     assert rates[85] == pytest.approx(0.05 + 0.95 * (2 - math.sqrt(2)) / 4)
     assert 0.05 < rates[109] < 0.051
@@ -464,7 +512,9 @@ def test_optimiser_takes_the_scheduled_rates(tiny_model: MakesModel) -> None:
     rates: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"]))
     progress: list[tuple[int, int]] = []
-    losses = train(fresh(tiny_model("llama")), examples(), RECIPE, lambda done, total: progress.append((done, total)))
+    losses = train(
+        fresh(tiny_model("llama")), examples(), RECIPE, lambda done, total: progress.append((done, total))
+    )
     hook.remove()
     assert rates[:4] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01]) and len(rates) == len(losses) == 12
     assert rates[11] == pytest.approx(0.01 * (0.05 + 0.475 * (1 + math.cos(math.pi * 8 / 9))))
@@ -472,7 +522,10 @@ def test_optimiser_takes_the_scheduled_rates(tiny_model: MakesModel) -> None:
 
 
 def test_first_step_is_adamw_on_the_clipped_gradient_by_hand(tiny_model: MakesModel) -> None:
-    have, recipe = examples(4), Recipe(lessons="anchor", steps=1, batch=4, lr=0.01, warmup=10, precision="float32")
+    have, recipe = (
+        examples(4),
+        Recipe(lessons="anchor", steps=1, batch=4, lr=0.01, warmup=10, precision="float32"),
+    )
     model, reference = fresh(tiny_model("llama")), fresh(tiny_model("llama"))
     train(model, have, recipe, quiet)
     plain_loss(reference, have).backward()  # type: ignore[no-untyped-call]
@@ -484,7 +537,9 @@ def test_first_step_is_adamw_on_the_clipped_gradient_by_hand(tiny_model: MakesMo
         # The bias corrections of a first step cancel the betas: m / sqrt(v) = g / |g|; a tenth of lr is warm-up.
         expected = weight - 0.001 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=3e-5, msg=name)
-        assert float((model.get_parameter(name) - weight).detach().abs().median()) == pytest.approx(0.001, rel=0.01)
+        assert float((model.get_parameter(name) - weight).detach().abs().median()) == pytest.approx(
+            0.001, rel=0.01
+        )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -513,7 +568,9 @@ def test_training_twice_gives_equal_bits_and_another_seed_does_not(tiny_model: M
 def test_loss_falls(tiny_model: MakesModel) -> None:
     model = fresh(tiny_model("llama"))
     before = float(plain_loss(model, examples()).detach())
-    losses = train(model, examples(), Recipe(lessons="anchor", steps=60, batch=5, lr=0.01, precision="float32"), quiet)
+    losses = train(
+        model, examples(), Recipe(lessons="anchor", steps=60, batch=5, lr=0.01, precision="float32"), quiet
+    )
     after = float(plain_loss(model, examples()).detach())
     assert losses[0] == pytest.approx(before, rel=0.2) and after < 0.85 * before
 
