@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +20,7 @@ from alignmerge.engine.faults import BadRequest, Fault
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which turns them into plain lines
 os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.environ.get("ALIGNMERGE_HUB") is None else "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # torch asks for huge pages: a tenth of the time of large batches
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the time of large batches
 
 CONF = str(Path(__file__).resolve().parent / "conf")
 CODES: list[int] = []
@@ -42,6 +42,8 @@ def compose(config: DictConfig) -> None:
         CODES.append(refuse(error.faults))
     except OmegaConfBaseException as error:
         CODES.append(refuse([Fault(error.full_key or "config", str(error), "a value that can be resolved")]))
+    except Exception as error:
+        CODES.append(fail(error, Path(config.get("store") or ".")))
     if CODES[-1] and "SUBMITIT_EXECUTOR" in os.environ:
         raise JobFailed(CODES[-1])
 
@@ -66,6 +68,22 @@ def refuse(faults: Iterable[Fault]) -> int:
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return 2
+
+
+def fail(error: Exception, store: Path) -> int:
+    """Print one line for what is nobody's wrong request, leave the traceback in a file, return the exit code."""
+    text = "".join(traceback.format_exception(error))
+    folder = store / "failed"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"run-{os.getpid()}.txt"
+        path.write_text(text)
+    except OSError:  # the store itself may be what failed
+        path = Path(tempfile.mkstemp(suffix=".txt", prefix="alignmerge-")[1])
+        path.write_text(text)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(f"failed: {reason} (traceback: {path})", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

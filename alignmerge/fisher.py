@@ -1,4 +1,4 @@
-"""Diagonal Fishers: per-example squared gradients of the response NLL as cached artifacts, and their soup."""
+"""Diagonal Fishers as cached artifacts: per-example squared gradients of the response NLL; their soup."""
 
 from __future__ import annotations
 
@@ -12,37 +12,48 @@ import torch
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, row_blocks, save_tensors
-from alignmerge.engine.merger import Block, MergeContext, average
+from alignmerge.engine.merger import Block, MergeContext, average, own
 from alignmerge.engine.seeding import torch_stream
-from alignmerge.gradients import Labels, squares
+from alignmerge.gradients import VERSION, Labels, squares
 from alignmerge.objective import fisher_barycentre
 
-PRECISION = "bfloat16"
-"""Autocast dtype of the passes on checkpoints; sums are fp32."""
+PRECISION = "bfloat16"  # autocast dtype of the passes on checkpoints; sums are fp32
 
 
 def fisher(ctx: MergeContext, of: Checkpoint, examples: str, labels: Labels = "data") -> Checkpoint:
-    """Return the diagonal Fisher of ``of`` on an example set: weight name -> (d_out, d_in) fp32, on disk.
+    """Return the diagonal Fisher of a model on an example set: weight name -> (d_out, d_in) fp32.
 
-    F_i = E_x (d log p(y|x) / d theta_i)^2 over examples (Matena and Raffel, arXiv 2111.09832, eq. 2; the
-    metric G of AlignMerge, arXiv 2512.16245, figure 3), for the linear weights of the decoder layers.
+    F_i = E_x (d log p(y|x) / d theta_i)^2 over examples (Matena and Raffel, arXiv 2111.09832, eq. 2;
+    the metric G of AlignMerge, arXiv 2512.16245, figure 3), for the linear weights of the decoder
+    layers.
     """
-    recipe = {"weights": of.digest, "examples": examples, "labels": labels, "precision": PRECISION}
+    data = ctx.examples_digest(examples)
+    recipe = {"of": of.identity, "examples": data, "labels": labels, "precision": PRECISION, "version": VERSION}
+    generator = None
     if labels == "sampled":
-        recipe["seed"] = str(ctx.seed)
+        recipe["seed"] = ctx.seed
+        generator = torch_stream(ctx.seed, "fisher", data)  # no alias: under a new name, the same draws
 
     def make(folder: Path) -> None:
-        generator = torch_stream(ctx.seed, "fisher", examples)
         model, rows = ctx.loaded(of), ctx.examples(examples)
         save_tensors(folder, squares(model, rows, labels=labels, generator=generator, precision=PRECISION))
 
     return load_tensors(ctx.cached("fisher", recipe, make).path)
 
 
-def mean_value(tensors: Mapping[str, object], read: Checkpoint) -> float:
+def pool_fishers(ctx: MergeContext, labels: Labels = "data") -> dict[str, Checkpoint]:
+    """Return alias -> the diagonal Fisher of each model of the pool on its own examples."""
+    models = zip(ctx.models.aliases, ctx.models.pool, strict=True)
+    return {alias: fisher(ctx, model, own(alias), labels) for alias, model in models}
+
+
+def mean_value(statistic: Checkpoint) -> float:
     """Return the mean of all entries of the tensors of a statistic."""
-    total = sum(float(read.read(name).double().sum()) for name in tensors)
-    return total / sum(read[name].numel for name in tensors)
+    total = count = 0.0
+    for name, spec in statistic.items():
+        total += float(statistic.read(name).double().sum())
+        count += spec.numel
+    return total / count
 
 
 def damped(diagonal: Tensor, mean: float, damping: float) -> Tensor:
@@ -51,14 +62,11 @@ def damped(diagonal: Tensor, mean: float, damping: float) -> Tensor:
 
 
 class NormalisedFishers(NamedTuple):
-    """The Fishers of a pool on one scale: each divided by its global L2 norm, none below a common floor."""
+    """The Fishers of a pool on one scale: divided by their global L2 norms, none below a common floor."""
 
-    fishers: Mapping[str, Checkpoint]
-    """Alias -> diagonal Fisher, in pool order."""
-    norms: Mapping[str, float]
-    """Alias -> L2 norm over all coordinates."""
-    floor: float
-    """Least value of a normalised Fisher."""
+    fishers: Mapping[str, Checkpoint]  # alias -> diagonal Fisher, in pool order
+    norms: Mapping[str, float]  # alias -> L2 norm over all coordinates
+    floor: float  # least value of a normalised Fisher
 
     @classmethod
     def of(cls, fishers: Mapping[str, Checkpoint], floor: float) -> NormalisedFishers:
@@ -77,7 +85,7 @@ class NormalisedFishers(NamedTuple):
         return cls(fishers, norms, floor * fmean(means))
 
     def barycentre(self, block: Block, weights: Sequence[float] | None = None) -> Tensor:
-        """A rule: Fisher-weighted averages; tensors without a Fisher (embeddings, norms) are plain averages.
+        """A rule: Fisher-weighted averages; tensors without a Fisher (embeddings) are plain averages.
 
         ``weights``: lambda_k of sum 1; None: uniform.
         """
@@ -89,7 +97,6 @@ class NormalisedFishers(NamedTuple):
 
 
 def _norm_and_mean(diagonal: Checkpoint) -> tuple[float, float]:
-    """Return the L2 norm and the mean of a Fisher over all its coordinates."""
     squared = total = 0.0
     for name, spec in diagonal.items():
         for rows in row_blocks(spec.shape):

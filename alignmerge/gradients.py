@@ -1,18 +1,18 @@
-"""Per-example gradients of the linear layers, layer by layer, from one batched forward and backward pass.
+"""Per-example gradients of the linear layers from one batched forward and backward pass.
 
-For a linear layer y = W a the gradient of example i is G_i = sum_t g_t a_t^T, with a_t the layer's input and g_t
-the gradient of the example's loss at its output. Both are captured by hooks; the weights themselves need no
-gradient, and no (examples x weights) matrix is ever formed for more than one layer and one batch.
-
-A layer that fuses several matrices is visited once for each of them: its output gradient is cut into theirs.
-
-The loss of an example is the mean NLL (nats) of its response tokens.
+For a linear layer y = W a the gradient of example i is G_i = sum_t g_t a_t^T, with a_t the layer's
+input and g_t the gradient of the example's loss (mean NLL of its response tokens, nats) at its output.
+Hooks capture both; no (examples x weights) matrix is formed for more than one layer and one batch. A
+layer that fuses several matrices is visited once for each: its output gradient is cut into theirs.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,40 +22,28 @@ from alignmerge.engine.examples import Batch, Example, batches
 from alignmerge.engine.views import views_of
 
 Labels = Literal["data", "sampled"]
-VERSION = 2
-"""Raised when a statistic's numbers change, be it by rounding: part of the keys of whatever rests on one."""
-PIECE = 120_000
-"""Numbers of one example's gradient that are formed at once when only their squares are kept."""
-ROOM = 2_000_000
-"""Numbers of many examples' gradients that are formed at once there."""
-TILE = 4_000_000
-"""The same where their products with each other are wanted."""
-SMALL = 50_000
-"""Numbers of one fp32 product below which a batch of them is faster."""
+VERSION = 2  # raised when a statistic's numbers change, even by rounding: part of each key that uses one
+PIECE, ROOM = 120_000, 2_000_000  # numbers of one and of many gradients formed at once for squares
+TILE = 4_000_000  # numbers of many examples' gradients that are formed at once for their products
+SMALL = 50_000  # numbers of one fp32 product below which a batch of them is faster
+Side = Literal["input", "output"]
+Views = dict[str, slice]  # view name -> rows of a stored weight: components of the layer's output
+Part = Callable[[str], Tensor]  # weight name -> the part of a vector that is in it, (d_out, d_in)
 
 
 class Visit(NamedTuple):
-    """What one weight matrix saw in one batch."""
+    """What one weight matrix saw in one batch; padding is zero (no loss depends on it)."""
 
-    name: str
-    """The name of the weight's view in the checkpoint."""
-    inputs: Tensor
-    """(B, T, d_in) in the dtype of the passes (under autocast bf16); zero at padding."""
-    grads: Tensor
-    """(B, T, d_out) likewise: gradient of each example's own loss; zero at padding, which no loss depends on."""
-    examples: Sequence[int]
-    """(B,) which examples these are."""
-    owner: str
-    """The first matrix that was fed this very input (q, k and v share one, gate and up another)."""
-
-    def per_example(self) -> Tensor:
-        """G_i for each example of the batch, (B, d_out, d_in)."""
-        return gradients(self.grads, self.inputs)
+    name: str  # the name of the weight's view in the checkpoint
+    inputs: Tensor  # (B, T, d_in) in the dtype of the passes (under autocast bf16)
+    grads: Tensor  # (B, T, d_out) likewise: gradient of each example's own loss
+    examples: Sequence[int]  # (B,) which examples these are
+    owner: str  # the first matrix fed this very input (q, k and v share one, gate and up another)
 
     def add_squares(self, total: Tensor, room: Tensor) -> None:
         """total += sum_i G_i^2 elementwise, (d_out, d_in) fp32, in pieces that stay in the cache.
 
-        ``room``: where they are formed, (ROOM,) in the dtype of the passes; new memory each time would not be cached.
+        ``room``: where they are formed, (ROOM,) in the dtype of the passes: it stays cached.
         """
         rows = max(1, PIECE // self.inputs.shape[2])
         for grads, into in zip(torch.split(self.grads, rows, dim=2), torch.split(total, rows), strict=True):
@@ -67,46 +55,39 @@ class Visit(NamedTuple):
 
 
 def gradients(grads: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """G_i = g_i^T a_i, (B, d_out, d_in) in the dtype of both; bf16 rounds each as autocast's own backward pass does.
+    """G_i = g_i^T a_i, (B, d_out, d_in) in the dtype of both; bf16 is rounded as autocast does.
 
     Where an fp32 product is large they are formed one after another: bmm is slower than mm there.
     """
-    shape = (len(grads), grads.shape[2], inputs.shape[2])
-    found = torch.empty(shape, dtype=inputs.dtype) if out is None else out
-    if found.dtype == torch.bfloat16 or found[0].numel() < SMALL:
-        return torch.bmm(grads.transpose(1, 2), inputs, out=found)
-    for g, a, into in zip(grads, inputs, found, strict=True):
+    if out is None:
+        out = inputs.new_empty(len(grads), grads.shape[2], inputs.shape[2])
+    if out.dtype == torch.bfloat16 or out[0].numel() < SMALL:
+        return torch.bmm(grads.transpose(1, 2), inputs, out=out)
+    for g, a, into in zip(grads, inputs, out, strict=True):
         torch.mm(g.T, a, out=into)
-    return found
+    return out
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return stored weight name -> module for the linear layers of the decoder, the output head left out."""
-    output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = output_embeddings() if output_embeddings is not None else None
-    return {
-        f"{name}.weight": module
-        for name, module in sorted(model.named_modules())
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    """Return stored weight name -> linear layer of the decoder, without the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = sorted((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight": module for name, module in found if module is not head}
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return view name -> (d_out, d_in) for the matrices of the linear layers, sorted by name; fused ones apart."""
-    parts = {view: layer.module.weight[rows] for layer in _layers(model) for view, rows in layer.views.items()}
-    return dict(sorted(parts.items()))
+    """Return view name -> (d_out, d_in) of the linear layers' matrices; fused ones apart."""
+    found = {}
+    for module, views in _layers(model):
+        for view, rows in views.items():
+            found[view] = module.weight[rows]
+    return dict(sorted(found.items()))
 
 
-class _Layer(NamedTuple):
-    module: nn.Linear
-    views: dict[str, slice]
-    """View name -> rows of the weight, which are components of the output."""
-
-
-def _layers(model: Any) -> list[_Layer]:
+def _layers(model: Any) -> list[tuple[nn.Linear, Views]]:
     config = model.config.to_dict() if hasattr(model, "config") else {}
     found = linear_layers(model).items()
-    return [_Layer(module, views_of(config, name, len(module.weight))) for name, module in found]
+    return [(module, views_of(config, name, len(module.weight))) for name, module in found]
 
 
 def visit_gradients(
@@ -119,53 +100,88 @@ def visit_gradients(
     precision: str = "float32",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Call ``visitor`` for every matrix and batch during backward; return the loss of each example, (n,) fp32.
+    """Call ``visitor`` for every matrix and batch during backward; return the losses (n,) fp32.
 
     Args:
         model: a causal LM in fp32 evaluation mode; its weights are left without gradients.
         examples: tokenised (prompt, response) pairs.
         visitor: is handed one matrix of one batch at a time; what it keeps is what costs memory.
-        labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from the
-            model's own distribution (``sampled``: the Fisher information), which needs ``generator``.
-        precision: ``bfloat16`` runs the passes under autocast, whose products see what visitors get: bf16.
-        weights: (n,) factors on the losses (for J^T c); all 1 by default.
+        labels: response tokens as given (``data``: the empirical Fisher), or one draw a position from
+            the model's own distribution (``sampled``: the Fisher information; needs ``generator``).
+        precision: ``bfloat16`` runs the passes under autocast; visitors get what its products see.
+        weights: (n,) factors on the losses (for J^T c); None: 1.
     """
     losses = torch.zeros(len(examples))
     layers = _layers(model)
+    model.requires_grad_(False)  # the graph starts at the embeddings
     for indices, batch in batches(examples):
-        with _capture(model, layers, batch, indices, visitor, getattr(torch, precision)):
+        see = _handing(visitor, batch, indices, getattr(torch, precision))
+        embeddings = model.get_input_embeddings()
+        start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        with start, _watched(layers, see):
             loss = example_losses(model, batch, labels=labels, generator=generator, precision=precision)
-            scaled = loss if weights is None else loss * weights[indices]
-            torch.autograd.backward(scaled.sum())
-        losses[indices] = loss.detach()
+            losses[indices] = loss.detach()
+            if weights is not None:
+                loss = loss * weights[indices]
+            torch.autograd.backward(loss.sum())
     return losses
 
 
 @torch.no_grad()
-def visit_inputs(
-    model: Any,
-    examples: Sequence[Example],
-    visitor: Callable[[str, str, Tensor], None],
-    *,
-    precision: str = "float32",
+def _visit_inputs(
+    model: Any, examples: Sequence[Example], visitor: Callable[[str, str, Tensor], None], precision: str
 ) -> None:
-    """Call ``visitor`` with name, owner and inputs (B, T, d_in) of every matrix and batch; forward passes alone."""
+    """Call ``visitor`` with name, owner and inputs (B, T, d_in) of every matrix and batch."""
     layers = _layers(model)
 
-    def forward_hook(layer: _Layer, owners: _Owners, batch: Batch) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            owner = owners.of(args[0], next(iter(layer.views)))
-            inputs = _unpadded(args[0], batch, torch.float32)
-            for name in layer.views:
-                visitor(name, owner, inputs)
-
-        return hook
+    def see(batch: Batch, views: Views, owner: str, inputs: Tensor, output: Tensor) -> None:
+        clean = _unpadded(inputs, batch, torch.float32)
+        for name in views:
+            visitor(name, owner, clean)
 
     for _, batch in batches(examples):
-        owners = _Owners()
-        hooks = [(layer.module, forward_hook(layer, owners, batch)) for layer in layers]
-        with _hooked(hooks):
+        with _watched(layers, partial(see, batch)):
             _logits(model, batch, 1, precision)
+
+
+@contextmanager
+def _watched(
+    layers: Sequence[tuple[nn.Linear, Views]], see: Callable[[Views, str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see`` with views, owner, input and output of every linear layer that runs."""
+    seen: dict[int, tuple[Tensor, str]] = {}  # while a tensor lives, no other can take its id
+
+    def hook(views: Views, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        _, owner = seen.setdefault(id(args[0]), (args[0], next(iter(views))))
+        see(views, owner, args[0], output)
+
+    with ExitStack() as hooks:
+        for module, views in layers:
+            hooks.enter_context(module.register_forward_hook(partial(hook, views)))
+        yield
+
+
+def _handing(
+    visitor: Callable[[Visit], None], batch: Batch, indices: Sequence[int], dtype: torch.dtype
+) -> Callable[[Views, str, Tensor, Tensor], None]:
+    """Return what awaits the gradient of a layer's output, then hands its matrices to ``visitor``."""
+    last: dict[str, Tensor] = {}  # inputs of the last owner: matrices that share them come in a row
+
+    def visit(views: Views, owner: str, inputs: Tensor, grad: Tensor) -> None:
+        if owner not in last:
+            last.clear()
+            last[owner] = _unpadded(inputs, batch, dtype)
+        for name, rows in views.items():
+            visitor(Visit(name, last[owner], grad[..., rows].to(dtype), indices, owner))
+
+    def see(views: Views, owner: str, inputs: Tensor, output: Tensor) -> None:
+        output.register_hook(partial(visit, views, owner, inputs.detach()))  # type: ignore[no-untyped-call]
+
+    return see
+
+
+def _unpadded(inputs: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    return torch.where(batch.mask.unsqueeze(-1), inputs.to(dtype), 0.0)
 
 
 def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,12 +196,9 @@ def response_logits(model: Any, batch: Batch, precision: str) -> tuple[Tensor, T
 
 
 def _logits(model: Any, batch: Batch, keep: int, precision: str) -> Tensor:
-    """(B, keep, V): the logits of the last ``keep`` positions."""
-    mask = batch.mask.long()
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits: Tensor = model(
-            input_ids=batch.ids, attention_mask=mask, logits_to_keep=keep, use_cache=False
-        ).logits
+        logits: Tensor = model(**given, logits_to_keep=keep, use_cache=False).logits
     return logits
 
 
@@ -218,8 +231,8 @@ def nll(model: Any, examples: Sequence[Example], precision: str = "float32") -> 
 def squares(
     model: Any, examples: Sequence[Example], *, precision: str = "float32", **options: Any
 ) -> dict[str, Tensor]:
-    """Mean over examples of squared per-example gradients: the diagonal Fisher, weight name -> (d_out, d_in)."""
-    total = {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
+    """Diagonal Fisher: the mean over examples of squared gradients, weight name -> (d_out, d_in)."""
+    total = _zeros(model)
     room = torch.empty(ROOM, dtype=getattr(torch, precision))
 
     def add(visit: Visit) -> None:
@@ -229,14 +242,9 @@ def squares(
     return {name: value.div_(len(examples)) for name, value in total.items()}
 
 
-def weighted_sum(
-    model: Any,
-    examples: Sequence[Example],
-    weights: Tensor,
-    **options: Any,
-) -> dict[str, Tensor]:
+def weighted_sum(model: Any, examples: Sequence[Example], weights: Tensor, **options: Any) -> dict[str, Tensor]:
     """J^T c = sum_i c_i G_i by one weighted backward pass; weight name -> (d_out, d_in)."""
-    total = {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
+    total = _zeros(model)
 
     def add(visit: Visit) -> None:
         total[visit.name].addmm_(visit.grads.flatten(0, 1).float().T, visit.inputs.flatten(0, 1).float())
@@ -245,25 +253,21 @@ def weighted_sum(
     return total
 
 
+def _zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(weight) for name, weight in linear_weights(model).items()}
+
+
 class Factors(NamedTuple):
     """Kronecker factors of a Fisher: second moments over tokens."""
 
-    moments: dict[str, Tensor]
-    """Owner -> (d, d): E_t[a a^T] of inputs, or E_t[g g^T] of output gradients."""
-    owners: dict[str, str]
-    """Weight name -> the name its factor is stored under (matrices fed the same input share one)."""
-
-
-Side = Literal["input", "output"]
+    moments: dict[str, Tensor]  # owner -> (d, d): E_t[a a^T] of inputs, or E_t[g g^T] of output gradients
+    owners: dict[str, str]  # weight name -> owner of its factor (matrices fed the same input share one)
 
 
 def kronecker_factors(
-    model: Any,
-    examples: Sequence[Example],
-    side: Side,
-    **options: Any,
+    model: Any, examples: Sequence[Example], side: Side, *, precision: str = "float32"
 ) -> Factors:
-    """Second moments of the layer inputs or of the output gradients over all tokens of ``examples`` (K-FAC)."""
+    """Second moments over tokens of the layer inputs or of the output gradients (K-FAC)."""
     moments: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     tokens = sum(len(example.ids) for example in examples)
@@ -274,67 +278,43 @@ def kronecker_factors(
             rows = vectors.flatten(0, 1)
             moments.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1])).addmm_(rows.T, rows)
 
+    def add_grads(visit: Visit) -> None:
+        add(visit.name, visit.name, visit.grads.float())
+
     if side == "input":
-        visit_inputs(model, examples, add, precision=options.get("precision", "float32"))
+        _visit_inputs(model, examples, add, precision)
     else:
-        visit_gradients(
-            model, examples, lambda visit: add(visit.name, visit.name, visit.grads.float()), **options
-        )
+        visit_gradients(model, examples, add_grads, precision=precision)
     return Factors({name: moment.div_(tokens) for name, moment in moments.items()}, owners)
 
 
 class Gram(NamedTuple):
     """Sample-space view of the gradients in a metric."""
 
-    kernel: Tensor
-    """K = J G^-1 J^T, (n, n) float64."""
-    along: Tensor
-    """J x, (n,) float64."""
+    kernel: Tensor  # K = J G^-1 J^T, (n, n) float64
+    along: Tensor  # J x, (n,) float64
 
 
 def gram(
-    model: Any,
-    examples: Sequence[Example],
-    inverse_metric: Callable[[str], Tensor],
-    direction: Callable[[str], Tensor],
-    **options: Any,
+    model: Any, examples: Sequence[Example], inverse_metric: Part, direction: Part, **options: Any
 ) -> Gram:
-    """Accumulate K and J x layer by layer from captured activations and output gradients.
-
-    Args:
-        inverse_metric: weight name -> diagonal of G^-1, (d_out, d_in).
-        direction: weight name -> the part of x in that layer, (d_out, d_in).
-    """
-    inputs: dict[str, dict[int, Tensor]] = {}  # owner -> batch (its first example) -> (B, T, d_in)
-    grads: dict[str, dict[int, Tensor]] = {}  # name -> batch -> (B, T, d_out)
-    owners: dict[str, str] = {}
-    order: dict[int, Sequence[int]] = {}
-
-    def keep(visit: Visit) -> None:
-        batch = visit.examples[0]
-        owners[visit.name], order[batch] = visit.owner, visit.examples
-        seen = inputs.setdefault(visit.owner, {})
-        if batch not in seen:
-            seen[batch] = visit.inputs
-        grads.setdefault(visit.name, {})[batch] = visit.grads
-
-    visit_gradients(model, examples, keep, **options)
-    n = len(examples)
+    """Accumulate K and J x layer by layer from the diagonal of G^-1 and from x."""
+    visits: dict[str, list[Visit]] = defaultdict(list)
+    visit_gradients(model, examples, lambda visit: visits[visit.name].append(visit), **options)
+    order = list(chain.from_iterable(visit.examples for visit in next(iter(visits.values()))))
+    n = len(order)
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    for owner in sorted(inputs):
-        seen = inputs.pop(owner)
-        for name in sorted(name for name, shared in owners.items() if shared == owner):
-            x, root = direction(name), inverse_metric(name).sqrt()
-            pairs = [(seen[batch], grad) for batch, grad in grads.pop(name).items()]
-            total += _kernel(pairs, root.expand_as(x), x / root)
-    place = torch.tensor([*(i for batch in order.values() for i in batch), n]).argsort()
+    for name in sorted(visits, key=lambda name: (visits[name][0].owner, name)):
+        x, root = direction(name), inverse_metric(name).sqrt()
+        total += _kernel(visits.pop(name), root.expand_as(x), x / root)
+    place = torch.tensor([*order, n]).argsort()
     total = total[place][:, place]
     return Gram(total[:n, :n].contiguous(), total[:n, n].contiguous())
 
 
-def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> Tensor:
-    """Z Z^T (n + 1, n + 1) float64 of one matrix: n rows of Z are G_i * root, the last one is y, (d_out, d_in)."""
-    n, (height, width) = sum(len(inputs) for inputs, _ in pairs), y.shape
+def _kernel(visits: Sequence[Visit], root: Tensor, y: Tensor) -> Tensor:
+    """Z Z^T (n + 1, n + 1) float64 of one matrix: the rows of Z are G_i * root, and y (d_out, d_in)."""
+    n, (height, width) = sum(len(visit.examples) for visit in visits), y.shape
     total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     rows = min(max(1, TILE // ((n + 1) * width)), height)
     room = torch.empty((n + 1) * rows * width)
@@ -343,84 +323,22 @@ def _kernel(pairs: Sequence[tuple[Tensor, Tensor]], root: Tensor, y: Tensor) -> 
         z = room[: (n + 1) * (cut.stop - cut.start) * width].view(n + 1, -1, width)
         z[n] = y[cut]
         done = 0
-        for inputs, grads in pairs:
-            z[done : done + len(inputs)].copy_(gradients(grads[..., cut], inputs)).mul_(root[cut])
-            done += len(inputs)
-        with _rounding(pairs[0][0].dtype == torch.bfloat16):
+        for visit in visits:
+            part = z[done : done + len(visit.examples)]
+            part.copy_(gradients(visit.grads[..., cut], visit.inputs)).mul_(root[cut])
+            done += len(part)
+        with _rounding(visits[0].inputs.dtype == torch.bfloat16):
             total += z.flatten(1) @ z.flatten(1).T
     return total
 
 
 @contextmanager
 def _rounding(wanted: bool) -> Iterator[None]:
-    """Let fp32 products round what they multiply to bf16, where ``wanted``; they sum in fp32 all the same."""
+    """Let fp32 products round what they multiply to bf16, where ``wanted``; they sum in fp32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if wanted else before)
+    if wanted:
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class _Owners:
-    """Tells which matrices of one batch were fed the same tensor."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[Tensor, str]] = {}  # while a tensor lives, no other can take its id
-
-    def of(self, inputs: Tensor, name: str) -> str:
-        """Return the first matrix that was fed this very tensor: ``name``, unless there was one before."""
-        return self._seen.setdefault(id(inputs), (inputs, name))[1]
-
-
-def _unpadded(inputs: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """(B, T, d), zero at padding."""
-    return torch.where(batch.mask.unsqueeze(-1), inputs.to(dtype), 0.0)
-
-
-@contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _capture(
-    model: Any,
-    layers: Sequence[_Layer],
-    batch: Batch,
-    indices: Sequence[int],
-    visitor: Callable[[Visit], None],
-    dtype: torch.dtype,
-) -> Iterator[None]:
-    owners = _Owners()
-    last: dict[
-        str, Tensor
-    ] = {}  # inputs of the last owner seen: matrices that share them come one after another
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-    def forward_hook(layer: _Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            owner, seen = owners.of(args[0], next(iter(layer.views))), args[0].detach()
-            output.register_hook(lambda grad: visit(layer, seen, owner, grad))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def visit(layer: _Layer, seen: Tensor, owner: str, grad: Tensor) -> None:
-        if owner not in last:
-            last.clear()
-            last[owner] = _unpadded(seen, batch, dtype)
-        for name, rows in layer.views.items():
-            visitor(Visit(name, last[owner], grad[..., rows].to(dtype), indices, owner))
-
-    def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return output.requires_grad_(True)
-
-    hooks = [(layer.module, forward_hook(layer)) for layer in layers]
-    with _hooked([*hooks, (model.get_input_embeddings(), start)]):
-        yield

@@ -12,41 +12,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SquaredNorm = Callable[[Tensor], float]
-"""d -> ||d||^2_G of one block, in float64."""
+SquaredNorm = Callable[[Tensor], float]  # d -> ||d||^2_G of one block, in float64
 
 
 def l_geo(
     delta: Tensor, pool: Sequence[Tensor], squared_norm: SquaredNorm, weights: Sequence[float] | None = None
 ) -> float:
-    """L_geo: the mean over the pool of ||d - Delta_k||^2_G, with weights lambda_k of sum 1 (None: uniform)."""
+    """L_geo: the mean over the pool of ||d - Delta_k||^2_G, lambda_k of sum 1 (None: uniform)."""
     if weights is None:
         return sum(squared_norm(delta - other) for other in pool) / len(pool)
     return sum(weight * squared_norm(delta - other) for weight, other in zip(weights, pool, strict=True))
 
 
-def l_geo_floor(
-    pool: Sequence[Tensor], squared_norm: SquaredNorm, weights: Sequence[float] | None = None
-) -> float:
-    """V = sum_k lambda_k ||Delta_k - mean||^2_G: no merge has a smaller L_geo (paper.md 2.4, item 1)."""
-    if weights is None:
-        return l_geo(torch.stack(list(pool)).mean(dim=0), pool, squared_norm)
-    mean = sum(
-        (weight * tensor for weight, tensor in zip(weights, pool, strict=True)), torch.zeros_like(pool[0])
-    )
-    return l_geo(mean, pool, squared_norm, weights)
+def l_geo_floor(pool: Sequence[Tensor], squared_norm: SquaredNorm) -> float:
+    """V, the mean over the pool of ||Delta_k - mean||^2_G: no merge has a smaller uniform L_geo."""
+    return l_geo(torch.stack(list(pool)).mean(dim=0), pool, squared_norm)
 
 
 def l_bud(value: float, least: float) -> float:
-    """L_bud = max(0, A_min - A)^2 of A = ``value`` and A_min = ``least`` (paper.md 2.2; the exact form is inferred)."""
+    """L_bud = max(0, A_min - A)^2 of A = ``value``, A_min = ``least`` (its form is inferred)."""
     return max(0.0, least - value) ** 2
 
 
 def hinge_multiplier(gap: float, sensitivity: float, lambda_bud: float) -> float:
     """mu of the minimiser z = mu M^-1 g of z^T M z + lambda_bud max(0, gap - g^T z)^2, s = g^T M^-1 g.
 
-    Stationarity, M z = lambda_bud (gap - g^T z) g, gives mu = lambda_bud gap / (1 + lambda_bud s) where gap > 0;
-    where the budget is met at z = 0 nothing has to move.
+    Stationarity, M z = lambda_bud (gap - g^T z) g, gives mu = lambda_bud gap / (1 + lambda_bud s) where
+    gap > 0; where the budget is met at z = 0 nothing has to move.
     """
     return lambda_bud * max(0.0, gap) / (1 + lambda_bud * sensitivity)
 
@@ -54,15 +46,15 @@ def hinge_multiplier(gap: float, sensitivity: float, lambda_bud: float) -> float
 def fisher_barycentre(
     values: Sequence[Tensor], fishers: Sequence[Tensor], floor: float, weights: Sequence[float] | None = None
 ) -> Tensor:
-    """Minimiser of sum_k lambda_k (d - Delta_k)^T F_k (d - Delta_k) for diagonal F_k >= floor (fp32 in, fp32 out).
+    """Minimiser of sum_k lambda_k (d - Delta_k)^T F_k (d - Delta_k) for diagonal F_k >= floor.
 
-    (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k: Fisher-weighted averaging, Matena and Raffel (arXiv
-    2111.09832), eq. 3 (lambda_k uniform: None), summed in float64. The same floor for every model makes coordinates
-    without any Fisher fall back to the plain average.
+    (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k: Fisher-weighted averaging, Matena and Raffel
+    (arXiv 2111.09832), eq. 3 (lambda_k uniform: None). Takes and returns fp32, summed in float64. The
+    same floor for every model makes coordinates without any Fisher fall back to the plain average.
     """
     above = torch.zeros_like(values[0], dtype=torch.float64)
     below = torch.zeros_like(above)
-    shares = [1.0] * len(values) if weights is None else weights
+    shares = weights or [1.0] * len(values)
     for value, fisher, share in zip(values, fishers, shares, strict=True):
         weight = share * fisher.double().clamp(min=floor)
         above += weight * value

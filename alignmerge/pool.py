@@ -15,7 +15,7 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import MergeContext
 from alignmerge.engine.store import write_json
 from alignmerge.fisher import fisher
-from alignmerge.gradients import nll
+from alignmerge.gradients import VERSION, nll
 
 RULES = ("uniform", "inverse_fisher", "validation", "given")
 
@@ -23,15 +23,15 @@ RULES = ("uniform", "inverse_fisher", "validation", "given")
 def pool_weights(ctx: MergeContext, rule: str, given: Sequence[float] = ()) -> dict[str, float] | None:
     """Return alias -> lambda_k of sum 1, in pool order; None where all are equal.
 
-    The paper's sentence on lambda_k is cut off in every copy seen ("proportionally to a ..."), so the rules are ours:
-
-    ``inverse_fisher``: 1 / ||Delta_k||_G, G the diagonal Fisher at theta_IT on the metric set, over the linear weights:
-    no model prevails by having gone farthest. ``validation``: exp(-NLL_k), the mean probability (geometric) that model
-    k gives to a response token of the metric set. ``given``: the numbers ``given``, divided by their sum.
+    The paper's sentence on lambda_k is cut off in every copy seen ("proportionally to a ..."), so the
+    rules are ours. ``inverse_fisher``: 1 / ||Delta_k||_G, G the diagonal Fisher at theta_IT on the
+    metric set, over the linear weights: no model prevails by having gone farthest. ``validation``:
+    exp(-NLL_k), the geometric mean probability that model k gives to a response token of the metric
+    set. ``given``: the numbers ``given``, divided by their sum.
 
     Raises:
         BadRequest: if there are not as many numbers as models.
-        ArithmeticError: if a model of the pool does not differ from theta_IT, whose weight would be infinite.
+        ArithmeticError: if a model of the pool equals theta_IT: its weight would be infinite.
     """
     models = dict(zip(ctx.models.aliases, ctx.models.pool, strict=True))
     if rule == "uniform":
@@ -43,10 +43,7 @@ def pool_weights(ctx: MergeContext, rule: str, given: Sequence[float] = ()) -> d
         return shares(dict(zip(models, given, strict=True)))
     if rule == "validation":
         return shares({alias: math.exp(-mean_nll(ctx, model)) for alias, model in models.items()})
-    lengths = _lengths(ctx, models)
-    if unmoved := [alias for alias, length in lengths.items() if length == 0]:
-        raise ArithmeticError(f"lambda_k: inverse_fisher: '{unmoved[0]}' does not differ from the base")
-    return shares({alias: 1 / length for alias, length in lengths.items()})
+    return shares(_inverse_lengths(ctx, models))
 
 
 def mean_nll(ctx: MergeContext, model: Checkpoint) -> float:
@@ -55,7 +52,8 @@ def mean_nll(ctx: MergeContext, model: Checkpoint) -> float:
     def make(folder: Path) -> None:
         write_json(folder / "nll.json", nll(ctx.loaded(model), ctx.examples("metric")).tolist())
 
-    artifact = ctx.cached("nll", {"weights": model.digest, "examples": "metric"}, make)
+    recipe = {"of": model.identity, "examples": ctx.examples_digest("metric"), "version": VERSION}
+    artifact = ctx.cached("nll", recipe, make)
     return fmean(json.loads((artifact.path / "nll.json").read_text()))
 
 
@@ -65,16 +63,22 @@ def fisher_length(diagonal: Checkpoint, vector: Callable[[str], Tensor]) -> floa
     return math.sqrt(total)
 
 
-def _lengths(ctx: MergeContext, models: Mapping[str, Checkpoint]) -> dict[str, float]:
-    base = ctx.models.base
-    diagonal = fisher(ctx, base, "metric")
-    return {
-        alias: fisher_length(diagonal, lambda name, model=model: model.read(name) - base.read(name))  # type: ignore[misc]
-        for alias, model in models.items()
-    }
-
-
 def shares(weights: Mapping[str, float]) -> dict[str, float]:
     """Divide weights by their sum."""
     total = math.fsum(weights.values())
     return {alias: weight / total for alias, weight in weights.items()}
+
+
+def _inverse_lengths(ctx: MergeContext, models: Mapping[str, Checkpoint]) -> dict[str, float]:
+    base, found = ctx.models.base, {}
+    diagonal = fisher(ctx, base, "metric")
+
+    def length_of(model: Checkpoint) -> float:
+        return fisher_length(diagonal, lambda name: model.read(name) - base.read(name))
+
+    for alias, model in models.items():
+        length = length_of(model)
+        if length == 0:
+            raise ArithmeticError(f"lambda_k: inverse_fisher: '{alias}' does not differ from the base")
+        found[alias] = 1 / length
+    return found

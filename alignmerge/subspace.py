@@ -1,11 +1,11 @@
-"""The alignment subspace S_A and the exact minimiser of L_geo + lambda_align L_align, in two estimators.
+"""The alignment subspace S_A and the exact minimiser of L_geo + lambda_align L_align, in two forms.
 
-*Kronecker.* Per weight matrix, with input second moments A_A (alignment data) and A_G (the chart's data, damped
-by eps times the mean diagonal), and output-gradient second moments S_A and S_G likewise, the metric is S_G (x) A_G
-and the alignment Fisher S_A (x) A_A. Generalised eigenproblems A_A u = alpha A_G u, S_A v = sigma S_G v give bases
-in which both are diagonal, so the minimiser shrinks each coefficient of X = mean delta - d_ref by
-1 / (1 + lambda rho_ij), rho_ij = sigma_i alpha_j normalised to mean 1 (design, section 5; the closed form of
-paper.md 2.4, item 3).
+*Kronecker.* Per weight matrix, with input second moments A_A (alignment data) and A_G (the chart's
+data, damped by eps times the mean diagonal), and output-gradient moments S_A and S_G likewise, the
+metric is S_G (x) A_G and the alignment Fisher S_A (x) A_A. The generalised eigenproblems A_A u = alpha
+A_G u and S_A v = sigma S_G v give bases in which both are diagonal, so the minimiser shrinks each
+coefficient of X = mean delta - d_ref by 1 / (1 + lambda rho_ij), rho_ij = sigma_i alpha_j normalised to
+mean 1.
 
 *Samples.* With per-example alignment gradients J (n x d), K = J G^-1 J^T = U diag(n rho) U^T and
 x = mean delta - d_ref: d* = mean delta - G^-1 J^T c, c = sum_{j<=r} a_j U_j (U_j^T J x) / (n rho_j),
@@ -24,14 +24,11 @@ from alignmerge.objective import shrinkage
 
 
 class Basis(NamedTuple):
-    """Generalised eigenvectors of (F, G): U^T G U = I and U^T F U = diag(values), descending."""
+    """Generalised eigenvectors of (F, G): U^T G U = I and U^T F U = diag(values), (m,), descending."""
 
     values: Tensor
-    """(m,)"""
-    vectors: Tensor
-    """U, (m, m), one vector a column."""
-    dual: Tensor
-    """G U = U^-T, (m, m): coefficients of x in the basis are x @ dual."""
+    vectors: Tensor  # U, (m, m), one vector a column
+    dual: Tensor  # G U = U^-T, (m, m): coefficients of x in the basis are x @ dual
 
 
 def generalised_basis(alignment: Tensor, metric: Tensor, damping: float) -> Basis:
@@ -50,13 +47,8 @@ def generalised_basis(alignment: Tensor, metric: Tensor, damping: float) -> Basi
     return Basis(values, vectors, lower @ rotation)
 
 
-def leading(basis: Basis, rank: int) -> Basis:
-    """Return the ``rank`` directions of the largest values: a basis of S_A alone."""
-    return Basis(basis.values[:rank], basis.vectors[:, :rank], basis.dual[:, :rank])
-
-
 def turned(basis: Basis, generator: torch.Generator) -> Basis:
-    """Return a random basis of the same metric with the same eigenvalues: U Q with Q Haar-distributed (the control)."""
+    """Return a random basis of the same metric with the same eigenvalues: U Q, Q Haar-distributed."""
     noise = torch.randn(basis.vectors.shape, generator=generator, dtype=torch.float64)
     rotation, upper = torch.linalg.qr(noise)
     rotation = (rotation * upper.diagonal().sign()).to(basis.vectors.dtype)
@@ -64,39 +56,38 @@ def turned(basis: Basis, generator: torch.Generator) -> Basis:
 
 
 def principal_cosines(one: Basis, other: Basis, rank: int) -> Tensor:
-    """Cosines of the principal angles between the leading ``rank`` directions of two bases of one metric, (rank,).
+    """Cosines of the principal angles between the leading directions of two bases, (rank,).
 
-    Both are orthonormal in G, so these are the singular values of U_1^T G U_2 (Bjorck and Golub 1973); descending.
+    They are the singular values of U_1^T G U_2 (Bjorck and Golub 1973), descending.
     """
     cosines: Tensor = torch.linalg.svdvals(one.dual[:, :rank].T @ other.vectors[:, :rank])
     return cosines.clamp(max=1)
 
 
 class Scale(NamedTuple):
-    """What rho is measured against where all matrices share one S_A."""
+    """Where all matrices share one S_A: the least sigma_i alpha_j in it, and their mean in it."""
 
     least: float
-    """Smaller products sigma_i alpha_j are outside S_A."""
     mean: float
-    """Mean of those inside, over the coordinates of all matrices."""
 
 
 class Shield(NamedTuple):
-    """The shield of one weight matrix: a basis for its inputs, its outputs, or both (None: the identity)."""
+    """The shield of one weight matrix: a basis for its inputs, outputs, or both (None: the identity)."""
 
     outputs: Basis | None
     inputs: Basis | None
-    rank: int | None = None
-    """How many of the largest rho make up S_A; None: all."""
-    scale: Scale | None = None
-    """What decides instead of ``rank`` and of a mean of 1 in this matrix, where all matrices share one S_A."""
+    rank: int | None = None  # how many of the largest rho make up S_A; None: all
+    scale: Scale | None = None  # what decides instead where all matrices share one S_A
 
     @property
     def products(self) -> Tensor:
         """sigma_i alpha_j, (d_out or 1, d_in or 1)."""
-        sigma = self.outputs.values.unsqueeze(1) if self.outputs is not None else torch.ones(1, 1)
-        alpha = self.inputs.values.unsqueeze(0) if self.inputs is not None else torch.ones(1, 1)
-        return sigma * alpha
+        products = torch.ones(1, 1)
+        if self.outputs is not None:
+            products = products * self.outputs.values.unsqueeze(1)
+        if self.inputs is not None:
+            products = products * self.inputs.values
+        return products
 
     @property
     def rho(self) -> Tensor:
@@ -108,69 +99,66 @@ class Shield(NamedTuple):
             threshold = rho.flatten().topk(self.rank).values[-1]
             rho = torch.where(rho >= threshold, rho, 0.0)
         kept = rho > 0
-        return rho / rho[kept].mean() if bool(kept.any()) else rho
+        return rho / rho[kept].mean() if kept.any() else rho
 
     def coefficients(self, x: Tensor) -> Tensor:
         """V^T S_G X A_G U: the coordinates of X (d_out, d_in); their squares sum to ||X||^2_G."""
         if self.inputs is not None:
             x = x @ self.inputs.dual
-        return self.outputs.dual.T @ x if self.outputs is not None else x
+        if self.outputs is not None:
+            x = self.outputs.dual.T @ x
+        return x
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """V C U^T: the matrix with these coordinates."""
         if self.inputs is not None:
             coefficients = coefficients @ self.inputs.vectors.T
-        return self.outputs.vectors @ coefficients if self.outputs is not None else coefficients
+        if self.outputs is not None:
+            coefficients = self.outputs.vectors @ coefficients
+        return coefficients
 
     def pull(self, gradient: Tensor) -> Tensor:
         """V^T dA/dX U: the gradient with respect to the coordinates, (d_out, d_in)."""
         if self.inputs is not None:
             gradient = gradient @ self.inputs.vectors
-        return self.outputs.vectors.T @ gradient if self.outputs is not None else gradient
+        if self.outputs is not None:
+            gradient = self.outputs.vectors.T @ gradient
+        return gradient
 
     def shrink(self, x: Tensor, lambda_align: float) -> Tensor:
-        """The minimiser D of ||D - X||^2_G + lambda ||D||^2_H; H: the alignment Fisher on S_A, normalised."""
+        """The minimiser D of ||D - X||^2_G + lambda ||D||^2_H, H the alignment Fisher on S_A."""
         return self.combine(self.coefficients(x) * shrinkage(self.rho, lambda_align))
 
 
 def common_scale(products: Sequence[Tensor], copies: Sequence[int], rank: int | None) -> Scale:
-    """Put the rho of all matrices on one scale.
+    """Put the rho of all matrices on one scale, from sigma_i alpha_j of each.
 
-    Args:
-        products: sigma_i alpha_j of each matrix.
-        copies: how many coordinates of the matrix each of its products stands for.
-        rank: S_A holds the ``rank`` times as many largest products as there are matrices; None: all above 0.
+    Each product stands for ``copies`` coordinates of its matrix. S_A holds ``rank`` products a matrix on
+    average, the largest; None: all above 0.
     """
-    together = torch.cat([product.flatten() for product in products])
-    wanted = len(together) if rank is None else min(rank * len(products), len(together))
+    together = torch.cat(list(map(torch.flatten, products)))
+    wanted = min((rank or len(together)) * len(products), len(together))
     least = max(float(together.kthvalue(len(together) - wanted + 1).values), torch.finfo(together.dtype).tiny)
     total = count = 0.0
     for product, copy in zip(products, copies, strict=True):
         inside = product[product >= least]
-        total, count = total + copy * float(inside.sum(dtype=torch.float64)), count + copy * inside.numel()
+        total += copy * float(inside.sum(dtype=torch.float64))
+        count += copy * inside.numel()
     return Scale(least, total / count if count else 1.0)
 
 
 class Energies(NamedTuple):
-    """Squared lengths of one matrix in the metric, for certificates and drift."""
+    """||X||^2_G, ||P_A X||^2_G and ||X||^2_H = sum rho_ij c_ij^2 (L_align for X = d - d_ref)."""
 
     total: float
-    """||X||^2_G."""
     inside: float
-    """||P_A X||^2_G."""
     weighted: float
-    """||X||^2_H = sum rho_ij c_ij^2 (L_align for X = d - d_ref)."""
 
 
-def energies(shield: Shield, x: Tensor) -> Energies:
-    """Split ||X||^2_G of a (d_out, d_in) matrix into what lies in S_A, and weight it by rho."""
-    return energies_of(shield.coefficients(x), shield.rho)
+def energies(coefficients: Tensor, rho: Tensor) -> Energies:
+    """Split ||X||^2_G by the coordinates of X into what lies in S_A, and weight it by rho.
 
-
-def energies_of(coefficients: Tensor, rho: Tensor) -> Energies:
-    """``energies`` from the coordinates of a matrix, which are linear in it.
-
-    Coordinates of one rho are summed first, in the dtype of both; those sums in float64.
+    Coordinates of one rho are summed first, then in float64.
     """
     square = coefficients.square().sum_to_size(rho.shape).double()
     inside, weighted = torch.where(rho > 0, square, 0.0), rho * square
@@ -178,7 +166,7 @@ def energies_of(coefficients: Tensor, rho: Tensor) -> Energies:
 
 
 def dual_coefficients(kernel: Tensor, along: Tensor, lambda_align: float, rank: int) -> Tensor:
-    """c of the sample-space solution, (n,) float64; ``kernel`` K (n, n) and ``along`` J x (n,) in float64.
+    """c of the sample-space solution, (n,) float64; K (n, n) and ``along`` = J x (n,) in float64.
 
     rho is normalised so that the mean of its top ``rank`` values is 1; lambda_align may be inf.
     """
@@ -188,10 +176,10 @@ def dual_coefficients(kernel: Tensor, along: Tensor, lambda_align: float, rank: 
 
 
 def sample_eigenpairs(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the ``rank`` leading eigenpairs of K (n, n): values (m,) descending, vectors (n, m), m <= rank.
+    """Return the leading eigenpairs of K (n, n): values (m,) descending, vectors (n, m), m <= rank.
 
-    K is a sum of fp32 products: eigenvalues that are zero in exact arithmetic (examples given twice) are left out
-    as far as that precision tells them.
+    K is a sum of fp32 products: eigenvalues that are zero in exact arithmetic (examples given twice)
+    are left out as far as that precision tells them.
     """
     values, vectors = torch.linalg.eigh(kernel)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]

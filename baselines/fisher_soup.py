@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alignmerge.engine.merger import MergeContext, Merger, Rule, check_choice, check_range
-from alignmerge.fisher import NormalisedFishers, fisher
+from alignmerge.engine.merger import EVERY_OWN, Inputs, MergeContext, Merger, Rule, check_choice, check_range
+from alignmerge.fisher import NormalisedFishers, pool_fishers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class FisherSoup(Merger):
     Tensors without a Fisher (embeddings, norms, biases, output matrix) take the plain average.
     """
 
-    variant: Literal["original"] = "original"
+    name = "fisher_soup"
     labels: Literal["sampled", "data"] = "sampled"
     """``sampled``: one label a position from the model itself (as in the paper); ``data``: as given."""
     floor: float = 1.0e-6
@@ -24,24 +24,16 @@ class FisherSoup(Merger):
     no Fisher sees fall back to the plain average (the paper: to the first model)."""
 
     def __post_init__(self) -> None:
-        check_choice("method.variant", self.variant, ("original",))
         check_choice("method.labels", self.labels, ("sampled", "data"))
         check_range("method.floor", self.floor, 0, 1, open_low=True)
 
     @property
-    def stochastic(self) -> bool:
-        """Whether labels are drawn."""
-        return self.labels == "sampled"
-
-    @property
-    def data(self) -> tuple[str, ...]:
-        """Every model's own examples."""
-        return ("*",)
+    def inputs(self) -> Inputs:
+        """Every model's own examples, and the seed where labels are drawn."""
+        return Inputs(examples=(EVERY_OWN,), seed=self.labels == "sampled")
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Obtain the Fisher of each model of the pool, and their norms and floor."""
-        models = zip(ctx.models.aliases, ctx.models.pool, strict=True)
-        fishers = {alias: fisher(ctx, model, alias, self.labels) for alias, model in models}
-        normalised = NormalisedFishers.of(fishers, self.floor)
+        normalised = NormalisedFishers.of(pool_fishers(ctx, self.labels), self.floor)
         ctx.record(fisher_norms=dict(normalised.norms), fisher_floor=normalised.floor)
         return normalised.barycentre

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, check_choice
+from alignmerge.engine.merger import MergeContext, Merger, Rule, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(Merger):
     """theta = theta_of. An expert is rounded to the base's dtype, as every merge is."""
 
-    of: str = "base"
-    """``base``, ``anchor`` or the alias of an expert."""
+    name = "identity"
+    of: str = "base"  # ``base``, ``anchor`` or the alias of an expert
 
     def fit(self, ctx: MergeContext) -> Rule:
-        """Return the rule that picks the model; raises BadRequest if the family has no model of that name."""
+        """Return the rule that picks the model; raises BadRequest if the family has none of that name."""
         aliases = ctx.models.aliases
         check_choice("method.of", self.of, ["base", *aliases])
-        place = None if self.of == "base" else aliases.index(self.of)
-
-        def rule(block: Block) -> Tensor:
-            return block.base if place is None else block.pool[place]
-
-        return rule
+        if self.of == "base":
+            return lambda block: block.base
+        place = aliases.index(self.of)
+        return lambda block: block.pool[place]

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, average, check_choice, check_range
+from alignmerge.engine.merger import (
+    Block,
+    Inputs,
+    MergeContext,
+    Merger,
+    Rule,
+    average,
+    check_choice,
+    check_range,
+)
 from alignmerge.pool import mean_nll, shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeAlign(Merger):
-    """theta = sum_k w_k theta_k, w = softmax(-loss_k / T) (hammoud, with LM-Cocktail's weights), or
-    theta_pre + alpha (mean expert - theta_pre) + beta (anchor - theta_pre) (thakkar)."""
+    """theta = sum_k w_k theta_k, w = softmax(-loss_k / T) (hammoud, with the weights of LM-Cocktail, Xiao et
+    al., arXiv 2311.13534), or theta_0 + alpha (mean expert - theta_0) + beta (anchor - theta_0) (thakkar;
+    theta_IT without a theta_0)."""
 
+    name = "mergealign"
     variant: Literal["hammoud", "thakkar"] = "hammoud"
-    temperature: float = 1.0
-    """T of hammoud's weights: small picks the best model, large gives the plain average."""
-    alpha: float = 0.5
-    """thakkar: how much of the experts' mean vector."""
-    beta: float = 0.5
-    """thakkar: how much of the anchor's vector."""
+    temperature: float = 1.0  # T of hammoud's weights: small picks the best model, large the average
+    alpha: float = 0.5  # thakkar: how much of the experts' mean vector
+    beta: float = 0.5  # thakkar: how much of the anchor's vector
 
     def __post_init__(self) -> None:
         check_choice("method.variant", self.variant, ("hammoud", "thakkar"))
@@ -33,9 +40,9 @@ class MergeAlign(Merger):
         check_range("method.beta", self.beta, 0, 2)
 
     @property
-    def data(self) -> tuple[str, ...]:
+    def inputs(self) -> Inputs:
         """The balanced safety and domain examples, for hammoud's losses."""
-        return ("metric",) if self.variant == "hammoud" else ()
+        return Inputs() if self.variant == "thakkar" else Inputs(examples=("metric",))
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Measure the losses (hammoud) or settle on theta_0 (thakkar), and return the rule."""
@@ -44,22 +51,12 @@ class MergeAlign(Merger):
             return self._thakkar
         models = zip(ctx.models.aliases, ctx.models.pool, strict=True)
         losses = {alias: mean_nll(ctx, model) for alias, model in models}
-        weights = cocktail(losses, self.temperature)
+        best = min(losses.values())
+        weights = shares({name: math.exp((best - loss) / self.temperature) for name, loss in losses.items()})
         ctx.record(losses=losses, weights=weights)
-
-        def rule(block: Block) -> Tensor:
-            return average(block.pool, list(weights.values()))
-
-        return rule
+        return lambda block: average(block.pool, list(weights.values()))
 
     def _thakkar(self, block: Block) -> Tensor:
-        """Add the domain and the alignment vector to theta_0, or to theta_IT where there is no theta_0."""
         origin = block.base if block.pretrained is None else block.pretrained
         anchor, *experts = block.pool
         return origin + self.alpha * (average(experts) - origin) + self.beta * (anchor - origin)
-
-
-def cocktail(losses: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """Return w_k = softmax(-loss_k / T): LM-Cocktail's weights (Xiao et al., arXiv 2311.13534)."""
-    best = min(losses.values())
-    return shares({alias: math.exp((best - loss) / temperature) for alias, loss in losses.items()})

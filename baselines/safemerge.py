@@ -1,8 +1,8 @@
 """SafeMERGE (Djuhera et al., arXiv 2503.17239), adapted from LoRA adapters to full weights.
 
-The paper compares each LoRA layer with the alignment subspace of its weight matrix and mixes a safety adapter
-into the layers that left it. Here the adapter is the experts' mean delta, the safety adapter is the anchor's
-delta, and matrices are matched by name. Embeddings, output matrix and vectors keep the experts' mean delta.
+The paper compares each LoRA layer with the alignment subspace of its weight matrix and mixes a safety
+adapter into the layers that left it. Here the adapter is the experts' mean delta, and the safety adapter
+the anchor's. Embeddings, output matrix and vectors keep the experts' mean delta.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import Block, MergeContext, Merger, Models, Rule, average, check_range
 
@@ -21,21 +22,18 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class SafeMerge(Merger):
-    """W_IT + (1 - m) Delta_f + m Delta_s in matrices with cosine below the threshold, else W_IT + Delta_f."""
+    """W_IT + (1 - m) Delta_f + m Delta_s in matrices whose cosine is low, else W_IT + Delta_f."""
 
-    threshold: float | None = None
-    """Merge the matrices with a cosine below this; it depends on rank and width, none suits all models."""
-    fraction: float | None = 0.5
-    """Or: merge this share of the matrices, those with the lowest cosines."""
-    safe_weight: float = 0.5
-    """m: the share of the anchor's delta in a merged matrix."""
+    name = "safemerge"
+    threshold: float | None = None  # merge the matrices with a cosine below this; rank and width move it
+    fraction: float | None = 0.5  # or: merge this share of the matrices, those with the lowest cosines
+    safe_weight: float = 0.5  # m: the share of the anchor's delta in a merged matrix
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.fraction is None):
             given = f"threshold {self.threshold} and fraction {self.fraction}"
-            raise BadRequest.of(
-                "method.threshold, method.fraction", given, "exactly one of the two, the other null"
-            )
+            allowed = "exactly one of the two, the other null"
+            raise BadRequest.of("method.threshold, method.fraction", given, allowed)
         if self.threshold is not None:
             check_range("method.threshold", self.threshold, 0, 1, open_low=True)
         if self.fraction is not None:
@@ -43,18 +41,17 @@ class SafeMerge(Merger):
         check_range("method.safe_weight", self.safe_weight, 0, 1)
 
     def fit(self, ctx: MergeContext) -> Rule:
-        """Compare every matrix with its alignment subspace and decide which ones the anchor is mixed into."""
-        cosines = _cosines(ctx.models)
+        """Compare every matrix with its alignment subspace: into which ones is the anchor mixed?"""
+        direction, origin = "anchor - base", ctx.models.anchor
+        if ctx.models.pretrained is not None:
+            direction, origin = "base - pretrained", ctx.models.pretrained
+        cosines = _cosines(ctx.models, origin)
         values = list(cosines.values())
-        threshold = self.threshold if self.fraction is None else lowest(values, self.fraction)
-        assert threshold is not None
+        threshold = self.threshold or lowest(values, self.fraction or 0.0)  # one of the two is given
         merged = {name for name, cosine in cosines.items() if cosine < threshold}
-        ctx.record(
-            alignment_direction="base - pretrained" if ctx.models.pretrained is not None else "anchor - base",
-            threshold=threshold,
-            fraction_merged=len(merged) / max(1, len(cosines)),
-            cosine_quantiles=_quantiles(values),
-        )
+        share = len(merged) / max(1, len(cosines))
+        ctx.record(alignment_direction=direction, threshold=threshold, fraction_merged=share)
+        ctx.record(cosine_quantiles=_quantiles(values))
 
         def rule(block: Block) -> Tensor:
             safe, *experts = block.deltas
@@ -67,10 +64,12 @@ class SafeMerge(Merger):
 
 
 def subspace_cosine(V: Tensor, delta: Tensor) -> float:
-    """Return cos(vec(C delta), vec(delta)), C = V V^T / ||V||_F, of (out, in) matrices; 0 if one vanishes."""
+    """Return cos(vec(C delta), vec(delta)), C = V V^T / ||V||_F, of (out, in) matrices; 0 if one is."""
     if not bool(V.any()) or not bool(delta.any()):
         return 0.0
-    V, delta = _unit(V), _unit(delta)  # the scales cancel: at unit length nothing underflows
+    # The scales cancel: at unit length nothing underflows.
+    V = V / torch.linalg.vector_norm(V, dtype=torch.float64)
+    delta = delta / torch.linalg.vector_norm(delta, dtype=torch.float64)
     projected = (V @ V.T) @ delta if len(V) <= V.shape[1] else V @ (V.T @ delta)
     length = float(projected.norm())
     return float((projected * delta).sum()) / length if length > 0 else 0.0
@@ -82,24 +81,19 @@ def lowest(cosines: list[float], fraction: float) -> float:
     return math.nextafter(sorted(cosines)[count - 1], math.inf) if count else 0.0
 
 
-def _unit(matrix: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
-    return matrix / length
-
-
-def _cosines(models: Models) -> dict[str, float]:
+def _cosines(models: Models, origin: Checkpoint) -> dict[str, float]:
     cosines = {}
-    reference = models.anchor if models.pretrained is None else models.pretrained
     for name, view in models.base.views.items():
         if len(view.shape) == 2 and "embed" not in name and "lm_head" not in name:
             base = models.base.read(name)
             delta = average([expert.read(name) - base for expert in models.experts.values()])
-            cosines[name] = subspace_cosine(base - reference.read(name), delta)  # the sign of V cancels
+            cosines[name] = subspace_cosine(base - origin.read(name), delta)  # the sign of V cancels
     return cosines
 
 
 def _quantiles(cosines: list[float]) -> dict[str, float]:
     if not cosines:
         return {}
-    values = torch.tensor(cosines, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
-    return {f"{share:g}": float(value) for share, value in zip(QUANTILES, values, strict=True)}
+    shares = torch.tensor(QUANTILES, dtype=torch.float64)
+    values = torch.tensor(cosines, dtype=torch.float64).quantile(shares)
+    return dict(zip(map("{:g}".format, QUANTILES), values.tolist(), strict=True))

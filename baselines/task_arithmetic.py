@@ -14,8 +14,8 @@ from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, check_ra
 class TaskArithmetic(Merger):
     """theta = theta_IT + scale * sum_k Delta_k over the pool: a sum, so scale 1/K is the plain average."""
 
-    scale: float = 0.4
-    """lambda in the paper; 0.4 is its usual value where nothing is tuned."""
+    name = "task_arithmetic"
+    scale: float = 0.4  # lambda in the paper; 0.4 is its usual value where nothing is tuned
 
     def __post_init__(self) -> None:
         check_range("method.scale", self.scale, 0, 10)

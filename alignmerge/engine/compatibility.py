@@ -1,19 +1,13 @@
 """What a merge will meet, from headers alone: every conflict at once, before any weight is read."""
 
-from __future__ import annotations
-
 import filecmp
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignmerge.engine.checkpoint import (
-    HEAD,
-    Checkpoint,
-    first_few,
-    read_json,
-)
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.checkpoint import HEAD, Checkpoint
+from alignmerge.engine.faults import BadRequest, Fault, first_few, refuse
+from alignmerge.engine.folder import CONFIG, read_json
 from alignmerge.engine.merger import Models
 
 STRUCTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -25,30 +19,24 @@ class Vocabulary(NamedTuple):
 
     tokens: Mapping[str, int]
     """Token -> id, added tokens included."""
-    added: frozenset[str]
+    added: Set[str]
     """Tokens that were added to the trained vocabulary (padding, turn marks)."""
 
 
 def open_models(folders: Mapping[str, Path]) -> Models:
-    """Open every checkpoint of a family from headers only and check that it can be merged with the base.
+    """Open every checkpoint of a family from headers only and hold it against the base.
 
-    Args:
-        folders: ``base``, ``anchor``, optionally ``pretrained``, and ``experts.<alias>`` in order.
-
-    Raises:
-        BadRequest: with all faults of all models, each naming ``family.<key>`` and the file.
+    Keys are ``base``, ``anchor``, optionally ``pretrained``, and ``experts.<alias>`` in order.
+    Raises BadRequest with all faults of all models, each naming ``family.<key>`` and the file.
     """
     opened = open_checkpoints(folders)
-    experts = {k.removeprefix("experts."): c for k, c in opened.items() if k.startswith("experts.")}
-    return Models(opened["base"], opened["anchor"], experts, opened.get("pretrained"))
+    base, anchor, pretrained = opened.pop("base"), opened.pop("anchor"), opened.pop("pretrained", None)
+    experts = {key.removeprefix("experts."): expert for key, expert in opened.items()}
+    return Models(base, anchor, experts, pretrained)
 
 
 def open_checkpoints(folders: Mapping[str, Path]) -> dict[str, Checkpoint]:
-    """Open what there is of a family (``open_models`` says how keys are spelt) and hold it against the base.
-
-    Raises:
-        BadRequest: with all faults of all models.
-    """
+    """Do the same with what there is of a family, and leave it under its keys."""
     opened: dict[str, Checkpoint] = {}
     faults: list[Fault] = []
     for key, folder in folders.items():
@@ -57,50 +45,44 @@ def open_checkpoints(folders: Mapping[str, Path]) -> dict[str, Checkpoint]:
         except BadRequest as bad:
             faults += bad.faults
     base = opened.get("base")
-    for checkpoint in opened.values():
-        if base is not None and checkpoint is not base:
-            faults += conflicts(base, checkpoint)
-    if faults:
-        raise BadRequest(
-            dict.fromkeys(faults)
-        )  # what is wrong with the base's tokenizer is found once per model
+    for other in opened.values():
+        if base is not None and other is not base:
+            faults += [*_structure(base, other), *_vocabularies(base, other), *_tensors(base, other)]
+    refuse(dict.fromkeys(faults))  # a fault of the base's tokenizer is found once per model
     return opened
 
 
-def conflicts(base: Checkpoint, other: Checkpoint) -> list[Fault]:
-    """Return everything that keeps ``other`` from being merged with ``base``."""
-    return [*_structure(base, other), *_vocabularies(base, other), *_tensors(base, other)]
-
-
 def _structure(base: Checkpoint, other: Checkpoint) -> list[Fault]:
-    where = f"{other.where}: {other.folder / 'config.json'}"
+    where = f"{other.where}: {other.folder / CONFIG}"
     faults = []
     for key in STRUCTURE:
         wanted, given = base.config.get(key), other.config.get(key)
         if None not in (wanted, given) and wanted != given:
             faults.append(Fault(where, f"{key} is {_plain(given)}", f"{_plain(wanted)}, as in the base"))
     if base.tied != other.tied:
-        words = {True: "tied to the embeddings", False: "a matrix of its own"}
-        faults.append(
-            Fault(where, f"the output matrix is {words[other.tied]}", f"{words[base.tied]}, as in the base")
-        )
+        words = ("a matrix of its own", "tied to the embeddings")
+        given = f"the output matrix is {words[other.tied]}"
+        faults.append(Fault(where, given, f"{words[base.tied]}, as in the base"))
     return faults
 
 
 def _tensors(base: Checkpoint, other: Checkpoint) -> list[Fault]:
-    ignored = {HEAD} if base.tied != other.tied else set()
+    names = base.keys() | other.keys()
+    if base.tied != other.tied:
+        names -= {HEAD}  # a fault of its own
     faults = []
-    for name in sorted((base.keys() | other.keys()) - ignored):
+    for name in sorted(names):
+        file = other[name].file if name in other else other.folder
         if name not in other:
-            given, allowed = f"tensor '{name}' is missing", f"every tensor of the base, {base.folder}"
-            faults.append(Fault(f"{other.where}: {other.folder}", given, allowed))
+            given, allowed = "is missing", f"every tensor of the base, {base.folder}"
         elif name not in base:
-            given, allowed = f"tensor '{name}' is not in the base", f"only tensors of the base, {base.folder}"
-            faults.append(Fault(f"{other.where}: {other[name].file}", given, allowed))
+            given, allowed = "is not in the base", f"only tensors of the base, {base.folder}"
         elif base[name].shape != other[name].shape:
-            given = f"tensor '{name}' has shape {list(other[name].shape)}"
+            given = f"has shape {list(other[name].shape)}"
             allowed = f"{list(base[name].shape)}, as in the base"
-            faults.append(Fault(f"{other.where}: {other[name].file}", given, allowed))
+        else:
+            continue
+        faults.append(Fault(f"{other.where}: {file}", f"tensor '{name}' {given}", allowed))
     return first_few(faults)
 
 
@@ -115,38 +97,38 @@ def _vocabularies(base: Checkpoint, other: Checkpoint) -> list[Fault]:
     different = _differing(wanted, given)
     if not different:
         return []
-    what = f"{len(different)} token{'s differ' if len(different) > 1 else ' differs'} from the base's"
-    example = f"another vocabulary ({what}, such as {min(different)!r})"
-    return [Fault(f"{other.where}: {theirs}", example, "the vocabulary of the base")]
+    differ = "tokens differ" if len(different) > 1 else "token differs"
+    what = f"{len(different)} {differ} from the base's, such as {min(different)!r}"
+    return [Fault(f"{other.where}: {theirs}", f"another vocabulary ({what})", "the vocabulary of the base")]
 
 
 def _vocabulary(path: Path, where: str) -> tuple[Vocabulary, list[Fault]]:
-    """Read the tokens of any of the model kinds of the tokenizers library."""
     allowed = "the tokenizer.json of the tokenizers library"
     content, faults = read_json(path, where, allowed)
-    if faults:
-        return Vocabulary({}, frozenset()), faults
-    try:
-        trained = content["model"]["vocab"]
-        tokens = dict(trained) if isinstance(trained, dict) else _listed(trained)
-        added = {str(entry["content"]): int(entry["id"]) for entry in content.get("added_tokens") or ()}
-    except (KeyError, TypeError, ValueError, IndexError):
-        fault = Fault(f"{where}: {path}", "no vocabulary in the tokenizer", allowed)
-        return Vocabulary({}, frozenset()), [fault]
-    return Vocabulary(tokens | added, frozenset(added.keys() - tokens.keys())), []
+    if not faults:
+        try:
+            tokens = _trained(content["model"]["vocab"])
+            added = {str(entry["content"]): int(entry["id"]) for entry in content.get("added_tokens") or ()}
+            return Vocabulary(tokens | added, added.keys() - tokens.keys()), []
+        except (KeyError, TypeError, ValueError, IndexError):
+            faults.append(Fault(f"{where}: {path}", "no vocabulary in the tokenizer", allowed))
+    return Vocabulary({}, set()), faults
 
 
-def _listed(entries: Iterable[Any]) -> dict[str, int]:
-    """Return token -> id of a Unigram vocabulary, a list of (token, score)."""
-    return {str(entry[0]): i for i, entry in enumerate(entries)}
+def _trained(vocabulary: Any) -> dict[str, int]:
+    """Return token -> id of a vocabulary: a mapping, or a Unigram model's list of (token, score)."""
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {str(entry[0]): i for i, entry in enumerate(vocabulary)}
 
 
 def _differing(ours: Vocabulary, theirs: Vocabulary) -> set[str]:
     """Return the tokens that mean another row of the embeddings, or that only one side knows.
 
-    A token that one side *added* in a row which the other does not use (padding, most often) is no conflict.
+    A token that one side *added* in a row which the other does not use (often padding) is no conflict.
     """
-    different = {t for t in ours.tokens.keys() & theirs.tokens.keys() if ours.tokens[t] != theirs.tokens[t]}
+    shared = ours.tokens.keys() & theirs.tokens.keys()
+    different = {token for token in shared if ours.tokens[token] != theirs.tokens[token]}
     for one, another in ((ours, theirs), (theirs, ours)):
         rows = set(another.tokens.values())
         alone = one.tokens.keys() - another.tokens.keys()

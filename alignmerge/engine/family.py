@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignmerge.engine.examples import DATE
 from alignmerge.engine.faults import BadRequest, Fault
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROLES = ("base", "anchor", "pretrained")
+ALIAS = re.compile(r"\w[\w.-]*")
+"""What an expert may be called: nothing that stands between names elsewhere (``/``, ``@``, ``:``, spaces)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class Family:
     max_length: int = 1024
     chat_template: str | None = None
     """Replaces the template of a converted base (None: keep its own)."""
+    date: str = DATE
+    """The day (YYYY-MM-DD) that a chat template which inserts one is given."""
     recipes: Mapping[str, Any] = field(default_factory=dict)
     """How zoo models are made."""
     corpus: str | None = None
@@ -50,25 +57,44 @@ class Family:
     """JSONL of {prompt, response} for the metric G; None: made likewise."""
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = [*self._alias_faults(), *self._value_faults(), *self._recipe_faults()]
+        if faults:
+            raise BadRequest(faults)
+
+    def _alias_faults(self) -> list[Fault]:
         if not self.experts:
-            faults.append(Fault("family.experts", "no expert", "a mapping alias -> model reference"))
+            return [Fault("family.experts", "no expert", "a mapping alias -> model reference")]
+        faults = []
         for alias in self.experts:
-            if alias in ROLES or "/" in alias:
+            where = f"family.experts.{alias}"
+            if alias in ROLES:
+                faults.append(Fault(where, "a reserved alias", f"none of {', '.join(ROLES)}"))
+            elif ALIAS.fullmatch(alias) is None:
                 faults.append(
-                    Fault(f"family.experts.{alias}", "a reserved alias", f"none of {', '.join(ROLES)}")
+                    Fault(where, "not an alias", "letters, digits and _ - . (a letter or digit first)")
                 )
+        return faults
+
+    def _value_faults(self) -> list[Fault]:
+        faults = []
         if self.dtype not in DTYPES:
             faults.append(Fault("family.dtype", self.dtype, ", ".join(DTYPES)))
         for key in ("batch_size", "threads", "max_length"):
             if getattr(self, key) < 1:
                 faults.append(Fault(f"family.{key}", str(getattr(self, key)), "a whole number of at least 1"))
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError:
+            faults.append(Fault("family.date", self.date, "a day as YYYY-MM-DD"))
+        return faults
+
+    def _recipe_faults(self) -> list[Fault]:
+        faults = []
         for key, reference in self.references().items():
             if reference.startswith("zoo:") and reference.removeprefix("zoo:") not in self.recipes:
                 known = ", ".join(self.recipes) or "none are given"
                 faults.append(Fault(f"family.{key}", f"no recipe '{reference}'", f"family.recipes: {known}"))
-        if faults:
-            raise BadRequest(faults)
+        return faults
 
     def references(self) -> dict[str, str]:
         """Return key -> reference for every model, in order: base, pretrained, anchor, experts."""

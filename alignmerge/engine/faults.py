@@ -1,9 +1,12 @@
 """What is wrong with a request or an input, in one plain line each."""
 
-from __future__ import annotations
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self, TypeVar
 
-from collections.abc import Iterable
-from typing import NamedTuple
+T = TypeVar("T")
+
+NAMED = 3
+"""How many faults of one kind are spelled out before the rest is counted."""
 
 
 class Fault(NamedTuple):
@@ -14,23 +17,63 @@ class Fault(NamedTuple):
     allowed: str
 
     def __str__(self) -> str:
-        """Render the fault as the single line that a user sees: what does not print (a file may name it) is escaped."""
-        line = " ".join(f"{self.where}: {self.given}; allowed: {self.allowed}".split())
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        words = f"{self.where}: {self.given}; allowed: {self.allowed}".split()
+        return "".join(map(_printable, " ".join(words)))
 
 
 class BadRequest(Exception):
-    """The request or an input is wrong. Carries every fault found; ``run.py`` prints them and exits with 2."""
+    """The request or an input is wrong, with every fault found; ``run.py`` prints them and exits with 2."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(map(str, self.faults)))
 
     @classmethod
-    def of(cls, where: str, given: str, allowed: str) -> BadRequest:
+    def of(cls, where: str, given: str, allowed: str) -> Self:
         """Build the common case of a single fault."""
         return cls([Fault(where, given, allowed)])
 
-    def __reduce__(self) -> tuple[type[BadRequest], tuple[tuple[Fault, ...]]]:
+    @classmethod
+    def gathered(cls, makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """Return what every maker makes under the same names; raises with the faults of all, each once."""
+        made: dict[str, T] = {}
+        faults: list[Fault] = []
+        for name, make in makers.items():
+            try:
+                made[name] = make()
+            except BadRequest as error:
+                faults += error.faults
+        refuse(dict.fromkeys(faults))
+        return made
+
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Fault, ...]]]:
         """Cross process borders with the faults intact."""
         return type(self), (self.faults,)
+
+
+def refuse(faults: Collection[Fault]) -> None:
+    """Raise ``BadRequest`` with the faults, if there are any."""
+    if faults:
+        raise BadRequest(faults)
+
+
+def too_small(numbers: Mapping[str, int], where: str, least: int) -> list[Fault]:
+    """Return a fault for each number below ``least``; ``where`` is what stands before its key."""
+    faults = []
+    for key, number in numbers.items():
+        if number < least:
+            faults.append(Fault(f"{where}{key}", str(number), f"a whole number of at least {least}"))
+    return faults
+
+
+def first_few(faults: Sequence[Fault]) -> list[Fault]:
+    """Spell out the first faults of one kind and count the others."""
+    shown, rest = [*faults[:NAMED]], faults[NAMED:]
+    if rest:
+        shown.append(rest[0]._replace(given=f"and {len(rest)} more like it"))
+    return shown
+
+
+def _printable(character: str) -> str:
+    """Escape a character that does not print: a file may put it into a name to steer the terminal."""
+    return character if character.isprintable() else repr(character)[1:-1]

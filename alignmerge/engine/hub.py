@@ -1,24 +1,24 @@
-"""Models on the Hugging Face Hub: ``hub:org/name@revision`` becomes a commit at the first fetch and is locked.
+"""Models on the Hugging Face Hub: at the first fetch, ``hub:org/name@revision`` is locked to a commit.
 
-The lock file (conf/hub.lock.yaml, to be committed) maps ``org/name@revision`` to a commit; later runs fetch that
-commit, wherever the branch has moved. Folders lie in the Hub client's own cache.
+The lock file (conf/hub.lock.yaml, to be committed) maps ``org/name@revision`` to a commit; later runs
+fetch that commit, wherever the branch has moved. Folders lie in the Hub client's own cache.
 """
-
-from __future__ import annotations
 
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock
 
 from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.folder import CONFIG, GENERATION, INDEX, TOKENIZER
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.progress import end_with_parent
 
@@ -30,12 +30,10 @@ HEADER = """\
 REFERENCE = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}", re.ASCII)
 WEIGHTS = "model*.safetensors"
-TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-FILES = ("config.json", "model.safetensors.index.json", WEIGHTS, *TOKENIZER)
+FILES = (CONFIG, INDEX, WEIGHTS, GENERATION, *TOKENIZER)
 """All that is ever fetched: no pickles, no code, no second copy of the weights in another format."""
+NEVER = ("*/*.safetensors", "*/*/*")
+"""Weights in subfolders; the client's ``*`` matches slashes too."""
 ONLINE = "ALIGNMERGE_HUB"
 """The environment variable that switches the Hub on."""
 
@@ -59,14 +57,13 @@ def parse(reference: str, where: str) -> Reference:
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise BadRequest.of(where, f"not a Hub reference: {reference}", "hub:org/name@revision")
-    return Reference(match["name"], match["revision"])
+    return Reference(**match.groupdict())
 
 
 def commit_of(reference: Reference, where: str) -> str | None:
-    """Return the commit that a reference stands for: its own, or the locked one; None before the first fetch.
+    """Return the commit that a reference names or is locked to, or None before the first fetch.
 
-    Raises:
-        BadRequest: if the lock file cannot be used, or contradicts a commit that the reference names.
+    Raises BadRequest if the lock file cannot be used, or contradicts a commit that the reference names.
     """
     locked = _read_lock(where).get(reference.key)
     if COMMIT.fullmatch(reference.revision) is None:
@@ -81,10 +78,9 @@ def local_folder(reference: Reference, where: str) -> Path | None:
     """Return the complete snapshot in the Hub client's cache, or None; the network is not asked."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    revision = commit_of(reference, where) or reference.revision
     try:
-        return _snapshot(
-            reference.name, commit_of(reference, where) or reference.revision, local_files_only=True
-        )
+        return _snapshot(reference.name, revision, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
 
@@ -92,13 +88,10 @@ def local_folder(reference: Reference, where: str) -> Path | None:
 def fetch(reference: Reference, where: str, locks: Path) -> Path:
     """Return the folder of a reference, downloading it if it is not in the cache, and lock its commit.
 
-    Args:
-        locks: a folder for lock files: of two processes, the second waits for the first.
-
-    Raises:
-        BadRequest: naming ``where``, with what to do: no network, no access, no such revision, no safetensors, ...
+    ``locks`` is a folder for lock files: of two processes, the second waits for the first. Raises BadRequest,
+    naming ``where``, with what to do: no network, no access, no such revision, ...
     """
-    if commit_of(reference, where) is not None and (found := local_folder(reference, where)) is not None:
+    if commit_of(reference, where) is not None and (found := local_folder(reference, where)):
         return found
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "hub"):
@@ -115,17 +108,23 @@ def fetch(reference: Reference, where: str, locks: Path) -> Path:
 
 
 def refusals(references: Mapping[str, Reference]) -> list[Fault]:
-    """Ask the Hub for no more than the config of each reference (key -> reference) and return what it refuses.
+    """Ask the Hub for the config of each reference (key -> reference) and return what it refuses.
 
     Nothing is locked. A gated model is found out before another one has been downloaded for an hour.
     """
-    asked = [(where, reference, commit_of(reference, where)) for where, reference in references.items()]
+    asked = {}
+    for where, reference in references.items():
+        asked[where] = partial(_download, reference, commit_of(reference, where), where, FILES[:1])
     with _network() as pool:
-        return pool.submit(_ask, asked).result()
+        try:
+            pool.submit(BadRequest.gathered, asked).result()
+        except BadRequest as error:
+            return list(error.faults)
+    return []
 
 
 def _network() -> ProcessPoolExecutor:
-    """Return a process of its own: this one, like every worker, may have been told to stay off the network."""
+    """Return a process of its own: this one, like every worker, may be told to stay off the network."""
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_go_online)
 
 
@@ -140,24 +139,8 @@ def _go_online() -> None:
 def _snapshot(name: str, revision: str, files: Sequence[str] = FILES, *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    found = snapshot_download(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        allow_patterns=list(files),
-        ignore_patterns=["*/*"],
-    )
-    return Path(found)
-
-
-def _ask(references: Sequence[tuple[str, Reference, str | None]]) -> list[Fault]:
-    faults: list[Fault] = []
-    for where, reference, commit in references:
-        try:
-            _download(reference, commit, where, FILES[:1])
-        except BadRequest as error:
-            faults += error.faults
-    return faults
+    wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": list(NEVER)}
+    return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only, **wanted))
 
 
 def _download(reference: Reference, commit: str | None, where: str, files: Sequence[str] = FILES) -> Path:
@@ -169,28 +152,26 @@ def _download(reference: Reference, commit: str | None, where: str, files: Seque
 
 
 def _reason(error: Exception, reference: Reference, commit: str | None) -> tuple[str, str]:
-    """Return what is wrong and what to do about it."""
     from huggingface_hub import constants, errors, get_token
 
     page = f"{constants.ENDPOINT}/{reference.name}"
-    login = "`hf auth login`, or HF_TOKEN" if get_token() is None else "a token of an account that has access"
-    copy = f"`hf download {reference.name} --revision {commit or reference.revision}` where there is a network"
+    revision = commit or reference.revision
+    copy = f"`hf download {reference.name} --revision {revision}` where there is a network, or local:folder"
+    login = "a token of an account that has access" if get_token() else "`hf auth login`, or HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        return (
-            "the repository is gated",
-            f"an account that accepted the terms at {page}, and {login}; or local:folder",
-        )
+        allowed = f"an account that accepted the terms at {page}, and {login}; or local:folder"
+        return "the repository is gated", allowed
     if isinstance(error, errors.RevisionNotFoundError):
-        locked = f", or no line in conf/{LOCK.name}" if commit not in (None, reference.revision) else ""
-        return f"no revision {commit or reference.revision}", f"a branch, tag or commit of {page}{locked}"
+        unlocked = f", or no line in conf/{LOCK.name}" if revision != reference.revision else ""
+        return f"no revision {revision}", f"a branch, tag or commit of {page}{unlocked}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such repository, or a private one", f"a name that {page} shows; for a private one {login}"
-    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return "it is not in the cache and the Hub is switched off", f"{ONLINE}=1, {copy}, or local:folder"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return "it is not in the cache and the Hub cannot be reached", f"a network, {copy}, or local:folder"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return reason, f"what {page} lets you download; or local:folder"
+        if constants.HF_HUB_OFFLINE:
+            return "it is not in the cache and the Hub is switched off", f"{ONLINE}=1, {copy}"
+        return "it is not in the cache and the Hub cannot be reached", f"a network, {copy}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0], f"what {page} lets you download; or local:folder"
 
 
 def _read_lock(where: str) -> dict[str, str]:
@@ -205,9 +186,8 @@ def _read_lock(where: str) -> dict[str, str]:
         raise BadRequest.of(f"{where}: {LOCK}", "not a mapping", allowed)
     for key, commit in content.items():
         if not isinstance(commit, str) or COMMIT.fullmatch(commit) is None:
-            raise BadRequest.of(
-                f"{where}: {LOCK}", f"{key} is locked to {commit!r}, which is no commit", allowed
-            )
+            given = f"{key} is locked to {commit!r}, which is no commit"
+            raise BadRequest.of(f"{where}: {LOCK}", given, allowed)
     return content
 
 
@@ -218,7 +198,5 @@ def _write_lock(commits: Mapping[str, str], where: str) -> None:
         staged.write_text(text, encoding="utf-8")
         staged.replace(LOCK)
     except OSError as error:
-        given = f"cannot be written ({error.strerror})"
-        raise BadRequest.of(
-            f"{where}: {LOCK}", given, "a file that records the commit of each Hub reference"
-        ) from None
+        given, allowed = error.strerror, "a file that records the commit of each Hub reference"
+        raise BadRequest.of(f"{where}: {LOCK}", f"cannot be written ({given})", allowed) from None

@@ -1,7 +1,5 @@
 """Causal language models in memory: loading, greedy replies, fixed threads."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 
+from alignmerge.engine.checkpoint import Checkpoint
+
 Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -18,12 +18,9 @@ GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False) -> Any:
     """Load native causal LM weights in evaluation mode; remote code is never run.
 
-    Args:
-        gradients: choose plain attention, whose backward pass is several times cheaper on a CPU than that of the
-            fused kernel at the lengths of instructions (a quarter of a training step).
-
-    Raises:
-        RuntimeError: if a key is missing or unexpected: a silently re-initialised weight would spoil every number.
+    ``gradients`` chooses plain attention, whose backward pass is several times cheaper on a CPU than that of
+    the fused kernel at the lengths of instructions (a quarter of a training step). Raises RuntimeError if a
+    key is missing or unexpected: a silently re-initialised weight would spoil every number.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
@@ -58,6 +55,14 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
+    """Save weights, config and tokenizer as a Hugging Face folder and return the weights' digest."""
+    vars(model.config).pop("auto_map", None)  # of a native class: it would point to code that is not there
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Checkpoint.open(folder, str(folder)).digest
+
+
 @torch.inference_mode()
 def greedy(
     model: Any,
@@ -71,21 +76,15 @@ def greedy(
     """Return the greedy continuation of each rendered prompt, and whether it was cut before an end token."""
     order = sorted(range(len(rendered)), key=lambda i: (len(rendered[i]), i))
     replies: list[tuple[str, bool]] = [("", False)] * len(rendered)
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
+    decoded = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    decoded |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        texts = [rendered[i] for i in chosen]
-        inputs = tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        )
-        out = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for i, tokens in zip(chosen, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        inputs = tokenizer([rendered[i] for i in chosen], **padded)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        out = model.generate(input_ids=ids, attention_mask=mask, **decoded)
+        for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             cut = tokenizer.eos_token_id not in tokens
             replies[i] = (tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut)
         progress(min(start + batch_size, len(order)), len(order))

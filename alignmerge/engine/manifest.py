@@ -1,33 +1,34 @@
 """Provenance: which code, which versions, which machine made an artifact. No paths, tokens or user names."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "lm-eval",
-    "datasets",
-    "hydra-core",
-    "safetensors",
-    "scikit-learn",
-    "numpy",
-)
+COMPUTING = (
+    "torch", "transformers", "tokenizers", "jinja2", "lm-eval", "datasets", "safetensors", "scikit-learn", "scipy",
+    "numpy", "gguf", "peft",
+)  # fmt: skip
+"""Packages that numbers depend on: their versions are part of keys."""
+REPORTING = ("hydra-core", "pandas", "matplotlib", "statsmodels")
+"""Packages that manifests name beside these."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = COMPUTING) -> dict[str, str]:
     """Return the versions of the packages that numbers depend on, without the build suffix."""
-    return {name: metadata.version(name).split("+")[0] for name in PACKAGES}
+    return {name: metadata.version(name).split("+")[0] for name in packages}
+
+
+def all_versions() -> dict[str, str]:
+    """Return the versions that a manifest names: of packages that compute and of those that report."""
+    return versions((*COMPUTING, *REPORTING))
 
 
 @cache
@@ -47,13 +48,9 @@ def git_state() -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Return what the manifest of an artifact says of its making."""
-    machine = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-    }
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"made": made, "versions": versions(), "git": git_state(), **machine}
+    machine = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+    return {"made": made, "versions": all_versions(), "git": git_state(), **machine}
 
 
 def file_sha256(path: Path) -> str:

@@ -1,23 +1,21 @@
-"""What a merge method is, and the one loop that reads and writes weights for every method."""
+"""What a merge method is: what it may read, what it declares, and the rule that it returns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from alignmerge.engine.checkpoint import BLOCK_ELEMENTS, Checkpoint, Writer, row_blocks
+from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
 
 if TYPE_CHECKING:
     from alignmerge.engine.examples import Example
-    from alignmerge.engine.store import Artifact
+    from alignmerge.engine.store import Artifact, Make
 
 
 class Block(NamedTuple):
@@ -70,106 +68,119 @@ class Probes(NamedTuple):
     benign: Sequence[tuple[int, ...]]
 
 
+OWN = "own:"
+"""Begins the name of a model's own example set (``own:math``): no alias and no other set has a colon."""
+EVERY_OWN = OWN + "*"
+"""Declares the own set of every model of the pool."""
+
+
+def own(alias: str) -> str:
+    """Return the name of the own example set of a model of the pool."""
+    return OWN + alias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a method or a scorer reads beside the family's models: all of it, and nothing else, is in its key."""
+
+    examples: tuple[str, ...] = ()
+    """Example sets: ``alignment``, ``refusals`` (of it), ``metric``, ``utility``, or ``EVERY_OWN``."""
+    seed: bool = False
+    """Whether anything is drawn at random."""
+    probes: bool = False
+    """Whether the selection probes are read."""
+    merges: tuple[Merger, ...] = ()
+    """Methods whose merged model is read."""
+
+    def includes(self, examples: str) -> bool:
+        """Whether an example set is declared."""
+        return examples in self.examples or (examples.startswith(OWN) and EVERY_OWN in self.examples)
+
+
+class Undeclared(RuntimeError):
+    """A method or a scorer asked for an input that it does not declare: a fault of its code, not of the request."""
+
+    def __init__(self, reader: str, what: str, declaration: str) -> None:
+        super().__init__(f"'{reader}' reads {what} without declaring it: add {declaration} to its inputs")
+
+
 class MergeContext(Protocol):
-    """What ``Merger.fit`` may ask for; heavy results are artifacts of the store, made once."""
+    """What ``Merger.fit`` may ask for, as far as ``Merger.inputs`` declares it; otherwise ``Undeclared`` is raised.
+
+    Heavy results are artifacts of the store, made once.
+    """
 
     models: Models
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        """The seed of all that is drawn."""
 
     def examples(self, name: str) -> Sequence[Example]:
-        """Return an example set, tokenised: ``alignment``, ``refusals`` (of it), ``metric``, ``utility`` (all experts'
-        own), or that of a pool alias."""
-        ...
+        """Return an example set, tokenised: ``alignment``, ``refusals`` (of it), ``metric``, ``utility`` (all
+        experts' own), or ``own(alias)``."""
+
+    def examples_digest(self, name: str) -> str:
+        """Return what stands for the content of an example set in the recipe of a statistic."""
 
     def probes(self) -> Probes:
         """Return the selection probes, which no report is made on."""
-        ...
 
-    def cached(
-        self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any] | None]
-    ) -> Artifact:
-        """Return the artifact of a statistic; the digest of the example sets is added to the recipe."""
-        ...
+    def cached(self, stage: str, recipe: Mapping[str, Any], make: Make) -> Artifact:
+        """Return the artifact of a statistic.
+
+        ``recipe`` says all that the statistic is a function of: models by ``Checkpoint.identity``, example sets by
+        digest, the seed if anything is drawn. Threads, package versions and the machine's class are added.
+        """
 
     def loaded(self, checkpoint: Checkpoint) -> torch.nn.Module:
         """Return a causal language model with these weights in fp32 for gradients (no dropout)."""
-        ...
 
     def barycentre(self, weights: Sequence[float] | None = None) -> Checkpoint:
         """Return the average of the pool (uniform, or with weights that sum to 1) as a checkpoint."""
-        ...
 
     def merged(self, merger: Merger) -> Checkpoint:
         """Return what another method makes of the same pool as a checkpoint; its facts are not recorded."""
-        ...
 
     def record(self, **facts: Any) -> None:
         """Put facts into the manifest of the merge (certificate, fractions, weights)."""
-        ...
 
     def record_block(self, name: str, **facts: float) -> None:
         """Put per-tensor facts, gathered while the rule runs, into the manifest of the merge."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merger(ABC):
     """How to merge. Fields are the config (one YAML each); ``__post_init__`` checks them, naming the key."""
 
+    name: ClassVar[str]
+    """A stable word for keys and tables."""
     version: ClassVar[int] = 1
     """Part of the key: raise it when the mathematics changes."""
     elementwise: ClassVar[bool] = True
     """Whether the rule may be fed row blocks; otherwise it gets whole tensors."""
 
     @property
-    def stochastic(self) -> bool:
-        """Whether the seed is part of the key."""
-        return False
+    def inputs(self) -> Inputs:
+        """What ``fit`` reads beside the models: nothing, unless a method says otherwise."""
+        return Inputs()
 
     @property
-    def data(self) -> tuple[str, ...]:
-        """The example sets that ``fit`` reads; ``*`` stands for one set per pool alias."""
+    def kept_sides(self) -> tuple[str, ...]:
+        """Sides (``input``, ``output``) of the Kronecker factors whose eigenbases ``fit`` keeps in the store."""
         return ()
-
-    @property
-    def probed(self) -> bool:
-        """Whether ``fit`` reads the selection probes."""
-        return False
 
     @abstractmethod
     def fit(self, ctx: MergeContext) -> Rule:
         """Do the whole-model work (statistics, thresholds) and return the rule."""
 
+    def concluded(self, facts: Mapping[str, Any], blocks: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Return the facts of a finished merge: what ``fit`` recorded, and what the rule recorded by tensor."""
+        return {**facts, "blocks": dict(blocks)} if blocks else dict(facts)
 
-def merge(
-    rule: Rule,
-    models: Models,
-    folder: Path,
-    *,
-    elementwise: bool = True,
-    block_elements: int = BLOCK_ELEMENTS,
-    shard_bytes: int = 5_000_000_000,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> str:
-    """Stream every tensor through ``rule`` into ``folder`` and return the digest (fp32, one rounding).
-
-    The rule is handed views; what comes back is written as the base stores it.
-
-    Raises:
-        BadRequest: if an input holds values that are not finite.
-        ArithmeticError: if the rule yields a value that is not finite or of another shape.
-    """
-    base = models.base
-    specs = {name: (spec.dtype, spec.shape) for name, spec in base.items()}
-    with closing(Writer(folder, specs, shard_bytes)) as writer:
-        for done, name in enumerate(base):
-            writer.start(name)
-            for view in base.parts(name):
-                shape = base.views[view].shape
-                for rows in row_blocks(shape, block_elements) if elementwise else [slice(None)]:
-                    writer.write(_merged(rule, models, view, rows), name)
-            progress(done + 1, len(base))
-        return writer.finish()
+    def warning(self, facts: Mapping[str, Any]) -> str:
+        """Return what the card of a merge must warn of, given its facts; usually nothing."""
+        return ""
 
 
 def block_of(models: Models, name: str, rows: slice = slice(None)) -> Block:
@@ -207,12 +218,3 @@ def check_choice(key: str, value: object, allowed: Sequence[object]) -> None:
     """Refuse a value that is not offered, naming the key."""
     if value not in allowed:
         raise BadRequest.of(key, str(value), ", ".join(map(str, allowed)))
-
-
-def _merged(rule: Rule, models: Models, name: str, rows: slice) -> Tensor:
-    block = block_of(models, name, rows)
-    merged = rule(block)
-    if merged.shape != block.base.shape:
-        shapes = f"{tuple(merged.shape)}, not {tuple(block.base.shape)}"
-        raise ArithmeticError(f"tensor '{name}': the rule returned shape {shapes}")
-    return merged

@@ -1,4 +1,4 @@
-"""Progress with time left: bars on a terminal, plain lines otherwise, also for work in other processes."""
+"""Progress with time left, also of other processes: bars on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -7,37 +7,19 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 OUT = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 180)
 """Where results are printed; in a file or a pipe a table may be wider than a terminal's 80 columns."""
 STOP = None
 LINES_PER_TASK = 4
-
-
-class Reporter:
-    """Sends (label, done, total) to the board of this process, or of the one that started it."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def __call__(self, done: int, total: int) -> None:
-        """Report that ``done`` of ``total`` steps are over."""
-        if _LINE:
-            _LINE[-1].put((self.label, done, total))
-
-
+Reporter = Callable[[int, int], None]
+"""Is told how many steps of how many are over; picklable."""
 _LINE: list[Any] = []
 """The queue of the board that this process reports to, last; none: nobody listens."""
 
@@ -53,40 +35,32 @@ class Board:
     def __init__(self) -> None:
         self.queue: Any = multiprocessing.get_context("spawn").Queue()
         """What worker processes are connected to."""
-        self._thread = threading.Thread(target=self._show, daemon=True)
+        show = self._bars if sys.stderr.isatty() else self._lines
+        self._thread = threading.Thread(target=show, daemon=True)
 
     def __enter__(self) -> Board:
         connect(self.queue)
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _LINE.remove(self.queue)
         self.queue.put(STOP)
         self._thread.join(timeout=5)
-        self.queue.cancel_join_thread()  # a killed worker may hold the queue: progress is not worth waiting for
+        self.queue.cancel_join_thread()  # a killed worker may hold the queue: do not wait for progress
 
     def reporter(self, label: str) -> Reporter:
-        """Return a picklable reporter for one piece of work."""
-        return Reporter(label)
-
-    def _show(self) -> None:
-        if sys.stderr.isatty():
-            self._bars()
-        else:
-            self._lines()
+        """Return what reports one piece of work to the board of the process that it runs in."""
+        return partial(_report, label)
 
     def _bars(self) -> None:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
+            bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with bars.Progress(*columns, console=Console(stderr=True)) as progress:
             tasks: dict[str, Any] = {}
-            while (item := self.queue.get()) is not STOP:
-                label, done, total = item
+            for label, done, total in iter(self.queue.get, STOP):
                 if label not in tasks:
                     tasks[label] = progress.add_task(label, total=total)
                 progress.update(tasks[label], completed=done, total=total)
@@ -97,8 +71,7 @@ class Board:
     def _lines(self) -> None:
         started: dict[str, float] = {}
         shown: dict[str, int] = {}
-        while (item := self.queue.get()) is not STOP:
-            label, done, total = item
+        for label, done, total in iter(self.queue.get, STOP):
             began = started.setdefault(label, time.monotonic())
             step = LINES_PER_TASK * done // max(1, total)
             if step <= shown.get(label, 0) and done < total:
@@ -113,7 +86,7 @@ class Board:
 
 
 def end_with_parent() -> None:
-    """Make this process end when the one that started it is killed; otherwise it would wait for work for ever."""
+    """Make this process end when the one that started it is killed, instead of waiting for ever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -126,3 +99,8 @@ def end_with_parent() -> None:
 
 def silent(done: int, total: int) -> None:
     """Report to nobody."""
+
+
+def _report(label: str, done: int, total: int) -> None:
+    if _LINE:
+        _LINE[-1].put((label, done, total))

@@ -1,7 +1,5 @@
 """Named random streams: every draw comes from a generator that its name and the seed determine."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 

@@ -1,7 +1,6 @@
 """The content-addressed store: recipe -> key -> artifact. Resume, cache and provenance are this one idea."""
 
-from __future__ import annotations
-
+import fcntl
 import hashlib
 import json
 import shutil
@@ -17,8 +16,10 @@ from filelock import FileLock, Timeout
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.manifest import provenance
 
+Make = Callable[[Path], Mapping[str, Any] | None]
+"""Fills a folder and returns facts about it, if there are any."""
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the meaning of a stage changes."""
 
 
@@ -58,47 +59,76 @@ class Store:
         """Return the finished artifact of a recipe, or None."""
         path = self.path(stage, recipe)
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            return Artifact(path.name, path, json.loads((path / MANIFEST).read_text()))
         except FileNotFoundError:
             return None
-        return Artifact(path.name, path, manifest)
 
-    def obtain(
-        self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
-    ) -> Artifact:
-        """Return the artifact of a recipe; unless it exists, ``make`` fills its folder and returns facts.
+    def obtain(self, stage: str, recipe: Mapping[str, Any], make: Make) -> Artifact:
+        """Return the artifact of a recipe; unless it exists, ``make`` makes it (a frozen store raises NotMade).
 
         Two processes that ask for the same artifact make it once: the second waits for the first.
-
-        Raises:
-            NotMade: if the store is frozen and the artifact is not there.
         """
-        found = self.find(stage, recipe)
-        if found is not None:
+        if found := self.find(stage, recipe):
             return found
-        if self.frozen:
-            raise NotMade(f"{stage}/{self.key(stage, recipe)}")
         path = self.path(stage, recipe)
-        with self._lock(f"{stage}-{path.name}"):
-            if self.find(stage, recipe) is None:
-                with self._staging(stage, recipe) as folder:
-                    started = time.monotonic()
-                    facts = dict(make(folder))
-                    facts["seconds"] = round(time.monotonic() - started, 2)
-                    manifest = {"stage": stage, "key": path.name, "recipe": recipe, "facts": facts}
-                    write_json(folder / MANIFEST, {**manifest, "provenance": provenance()})
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    folder.rename(path)
-        made = self.find(stage, recipe)
-        assert made is not None
-        return made
+        if self.frozen:
+            raise NotMade(f"{stage}/{path.name}")
+        with FileLock(self._lock_file(f"{stage}-{path.name}")):
+            return self.find(stage, recipe) or self._made(stage, recipe, make)
+
+    def _made(self, stage: str, recipe: Mapping[str, Any], make: Make) -> Artifact:
+        """Make an artifact in a fresh folder and give that its final name; the caller holds its lock."""
+        path = self.path(stage, recipe)
+        folder = self.root / ".staging" / f"{stage}-{path.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._sweep()
+        folder.mkdir(parents=True)
+        try:
+            started = time.monotonic()
+            facts = {**(make(folder) or {}), "seconds": round(time.monotonic() - started, 2)}
+            manifest = {"stage": stage, "key": path.name, "recipe": recipe, "facts": facts}
+            manifest["provenance"] = provenance()
+            write_json(folder / MANIFEST, manifest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(path)
+        except BadRequest:
+            raise  # the request is wrong: nothing is written, not even a record of failure
+        except Exception as error:
+            self.failed(stage, recipe, error)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.forget_failure(stage, recipe)
+        return Artifact(path.name, path, manifest)
+
+    @contextmanager
+    def held(self, stage: str, recipe: Mapping[str, Any]) -> Iterator[None]:
+        """Keep an artifact from being dropped for a while, whichever process wants to; many may hold it at once."""
+        with self._lock_file(f"held-{stage}-{self.key(stage, recipe)}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def drop(self, stage: str, recipe: Mapping[str, Any]) -> bool:
+        """Delete an artifact unless somebody holds it; say whether it is gone."""
+        path = self.path(stage, recipe)
+        with self._lock_file(f"held-{stage}-{path.name}").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if path.exists():
+                gone = self.root / ".staging" / f"{stage}-{path.name}-dropped"
+                gone.parent.mkdir(exist_ok=True)
+                path.rename(gone)  # first out of sight: a kill in the midst leaves no half of an artifact
+                shutil.rmtree(gone, ignore_errors=True)
+            return True
 
     def failed(self, stage: str, recipe: Mapping[str, Any], error: BaseException) -> Path:
         """Leave the traceback of a failed artifact under ``failed/`` and return its path."""
         path = self.root / "failed" / f"{stage}-{self.key(stage, recipe)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(traceback.format_exception(error))
-        write_json(path, {"stage": stage, "recipe": recipe, "traceback": text})
+        lines = traceback.format_exception(error)
+        write_json(path, {"stage": stage, "recipe": recipe, "traceback": "".join(lines)})
         return path
 
     def forget_failure(self, stage: str, recipe: Mapping[str, Any]) -> None:
@@ -110,36 +140,17 @@ class Store:
         path = self.root / "failed" / f"{stage}-{self.key(stage, recipe)}.json"
         return path if path.is_file() else None
 
-    def _lock(self, name: str) -> FileLock:
-        locks = self.root / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / name)
-
-    @contextmanager
-    def _staging(self, stage: str, recipe: Mapping[str, Any]) -> Iterator[Path]:
-        """Yield a fresh folder; it is in use for as long as the caller holds the artifact's lock."""
-        folder = self.root / ".staging" / f"{stage}-{self.key(stage, recipe)}"
-        shutil.rmtree(folder, ignore_errors=True)
-        self._sweep()
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        except BadRequest:
-            raise  # the request is wrong: nothing is written, not even a record of failure
-        except Exception as error:
-            self.failed(stage, recipe, error)
-            raise
-        else:
-            self.forget_failure(stage, recipe)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _lock_file(self, name: str) -> Path:
+        path = self.root / ".locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-made: their locks are free, wherever they ran."""
         staging = self.root / ".staging"
         for folder in staging.iterdir() if staging.is_dir() else ():
             try:
-                with self._lock(folder.name).acquire(blocking=False):
+                with FileLock(self._lock_file(folder.name), blocking=False):
                     shutil.rmtree(folder, ignore_errors=True)
             except Timeout:
                 continue

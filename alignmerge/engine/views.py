@@ -1,14 +1,13 @@
-"""Fused views: matrices that an architecture stores as one tensor, apart and under the names that Llama gives them.
+"""Fused views: matrices that an architecture stores as one tensor, apart and named as Llama names them.
 
-Phi-3 stores W_q, W_k, W_v as the rows of one tensor, in that order, and W_gate, W_up as those of another. What is
-done per matrix (trimming, cosines, factors, diagnostics) must not depend on that.
+Phi-3 stores W_q, W_k, W_v as the rows of one tensor, in that order, and W_gate, W_up as those of
+another. What is done per matrix (trimming, cosines, factors, diagnostics) must not depend on that.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 VERSION = 1
@@ -19,46 +18,52 @@ FUSED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """Model type -> fused layer -> the layers in it, in the order of their rows."""
 
 
+class View(NamedTuple):
+    """A tensor as methods see it: rows of a stored one; all of them, unless matrices are fused."""
+
+    stored: str
+    first: int
+    """The first of its rows."""
+    shape: tuple[int, ...]
+
+
 def layer_of(name: str) -> int | None:
-    """Return the decoder layer that the name of a view tells; None: it belongs to none."""
+    """Return the number of the decoder layer that a view belongs to by its name, or None."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def views_of(config: Mapping[str, Any], name: str, rows: int) -> dict[str, slice]:
-    """Return view name -> rows of the stored tensor ``name`` (``rows`` in all), in order; most have one view, itself.
+    """Return view name -> rows of the stored tensor ``name``, in order; most have one view, themselves.
 
-    Args:
-        config: the contents of a config.json.
-
-    Raises:
-        ValueError: if the config does not say how many rows belong to which part, or says another number in all.
+    ``config`` is the content of a config.json; ``rows``, how many rows the tensor has in all. Raises
+    ValueError if the config does not say how many rows each part has, or says another sum.
     """
-    path = name.split(".")
-    layers = FUSED.get(config.get("model_type", ""), {}).get(path[-2] if len(path) > 1 else "")
-    if layers is None or path[-1] != "weight":
+    path, _, kind = name.rpartition(".")
+    module = path.rpartition(".")[2]
+    layers = FUSED.get(config.get("model_type", ""), {}).get(module)
+    if layers is None or kind != "weight":
         return {name: slice(0, rows)}
-    sizes = _mlp(config) if len(layers) == 2 else _attention(config)
+    sizes = _sizes(config, layers)
     if sum(sizes) != rows:
-        words = " + ".join(f"{layer} {size}" for layer, size in zip(layers, sizes, strict=True))
+        words = " + ".join(map("{} {}".format, layers, sizes))
         raise ValueError(f"{rows} rows, but {words} = {sum(sizes)} by the config")
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    names = [".".join([*path[:-2], layer, path[-1]]) for layer in layers]
-    return {view: slice(end - size, end) for view, size, end in zip(names, sizes, ends, strict=True)}
+    parent = path.removesuffix(module)
+    parts = {}
+    for layer, size, end in zip(layers, sizes, accumulate(sizes), strict=True):
+        parts[f"{parent}{layer}.{kind}"] = slice(end - size, end)
+    return parts
 
 
-def _attention(config: Mapping[str, Any]) -> list[int]:
-    """Rows of W_q, W_k and W_v."""
+def _sizes(config: Mapping[str, Any], layers: Sequence[str]) -> list[int]:
+    """Return the number of rows of W_gate and W_up, or of W_q, W_k and W_v."""
+    if len(layers) == 2:
+        return [_count(config, "intermediate_size")] * 2
     heads = _count(config, "num_attention_heads")
     groups = heads if config.get("num_key_value_heads") is None else _count(config, "num_key_value_heads")
     stated = config.get("head_dim") is not None
     size = _count(config, "head_dim") if stated else _count(config, "hidden_size") // heads
     return [heads * size, groups * size, groups * size]
-
-
-def _mlp(config: Mapping[str, Any]) -> list[int]:
-    """Rows of W_gate and W_up."""
-    return [_count(config, "intermediate_size")] * 2
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:

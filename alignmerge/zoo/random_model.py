@@ -1,19 +1,18 @@
 """Random tiny models for the smoke experiment: every step of the harness, no knowledge at all."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from alignmerge.engine.checkpoint import Checkpoint
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.faults import Fault, refuse
+from alignmerge.engine.language import save_model
 from alignmerge.engine.seeding import stream_seed
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    " + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 HEADS = 4
 LEAST_TOKENS = 300
@@ -33,15 +32,15 @@ class RandomModel:
 
     def __post_init__(self) -> None:
         units = {"hidden": (2 * HEADS, 2 * HEADS), "layers": (1, 1), "vocabulary": (1, LEAST_TOKENS)}
-        faults = [
-            Fault(f"family.recipes: {key}", str(getattr(self, key)), f"a multiple of {unit}, at least {least}")
-            for key, (unit, least) in units.items()
-            if getattr(self, key) < least or getattr(self, key) % unit
-        ]
-        if faults:
-            raise BadRequest(faults)
+        faults = []
+        for key, (unit, least) in units.items():
+            given = getattr(self, key)
+            if given < least or given % unit:
+                allowed = f"a multiple of {unit}, at least {least}"
+                faults.append(Fault(f"family.recipes: {key}", str(given), allowed))
+        refuse(faults)
 
-    def build(self, corpus: Path, folder: Path, seed: int) -> dict[str, Any]:
+    def make(self, corpus: Path, folder: Path, seed: int) -> dict[str, Any]:
         """Write the model folder and return its digest."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,17 +55,16 @@ class RandomModel:
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(seed, "random model", str(self.seed)))
             model = LlamaForCausalLM(config)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {"digest": Checkpoint.open(folder, str(folder)).digest}
+        return {"digest": save_model(model, tokenizer, folder)}
 
 
 def corpus_texts(corpus: Path) -> list[str]:
     """Return every text and response of a corpus folder, file by file."""
-    records = [
-        json.loads(line) for path in sorted(corpus.rglob("*.jsonl")) for line in path.read_text().splitlines()
-    ]
-    return [record[key] for record in records for key in ("text", "response") if key in record]
+    texts = []
+    for path in sorted(corpus.rglob("*.jsonl")):
+        for record in map(json.loads, path.read_text().splitlines()):
+            texts += [record[key] for key in ("text", "response") if key in record]
+    return texts
 
 
 def _tokenizer(texts: list[str], size: int) -> Any:
@@ -77,12 +75,10 @@ def _tokenizer(texts: list[str], size: int) -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
+    raw.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
     tokenizer.chat_template = CHATML
     return tokenizer

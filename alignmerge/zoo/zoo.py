@@ -1,44 +1,49 @@
 """From a family's references to folders with weights: fetched, converted or trained once, and opened as one set."""
 
-from __future__ import annotations
-
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.compatibility import open_models
 from alignmerge.engine.examples import Example, read_jsonl, render, tokenise
 from alignmerge.engine.family import Family
-from alignmerge.engine.faults import BadRequest, Fault
-from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, threads
+from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.keys import computed_here
+from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, save_model, threads
 from alignmerge.engine.manifest import file_sha256, versions
-from alignmerge.engine.merger import Models
+from alignmerge.engine.merger import Models, Probes
 from alignmerge.engine.progress import silent
 from alignmerge.engine.store import Artifact, Store
-from alignmerge.zoo import lessons
+from alignmerge.zoo import lessons, sets
 from alignmerge.zoo.native import NativeModel, plain_examples
 from alignmerge.zoo.random_model import RandomModel
 from alignmerge.zoo.training import Recipe, train
 
 ANSWER_TOKENS = 40
+ANSWER_THREADS = 2
 CONVERSION = 1
 
 
-class Source(NamedTuple):
-    """A model's folder with what stands for its content in recipes."""
+class Location(NamedTuple):
+    """A model's folder with the digest of its weights, which is known without reading them."""
 
     folder: Path
     digest: str
 
+    def opened(self, where: str) -> Checkpoint:
+        """Open the folder (headers only)."""
+        return Checkpoint.open(self.folder, where).known_as(self.digest)
+
 
 @dataclass(frozen=True)
 class Zoo:
-    """Everything that a family's models, prompts and example sets are made from."""
+    """Everything that a family's models, prompts and example sets are made from: the ``Source`` of its merges."""
 
     family: Family
     corpus: Any
@@ -47,7 +52,7 @@ class Zoo:
     assets: Assets
     seed: int = 0
 
-    def frozen(self) -> Zoo:
+    def frozen(self) -> Self:
         """Return the same zoo over a store that makes nothing: what is missing raises ``NotMade``."""
         store = Store(self.store.root, frozen=True)
         return replace(self, store=store, assets=Assets(store, self.assets.checksums))
@@ -56,15 +61,8 @@ class Zoo:
         """Return the local path of a package reference."""
         return self.assets.path(reference, reference)
 
-    @cached_property
-    def prompts(self) -> Artifact:
-        """The corpus folder."""
-        recipe = {"corpus": type(self.corpus).__name__, "version": self.corpus.version, **asdict(self.corpus)}
-        recipe["packages"] = dict(self.assets.checksums)
-        return self.store.obtain("corpus", recipe, self._write_corpus)
-
-    def source(self, key: str, progress: Progress = silent) -> Source:
-        """Return folder and digest of the model ``base``, ``anchor``, ``pretrained`` or ``experts.<alias>``.
+    def source(self, key: str, progress: Progress = silent) -> Location:
+        """Return where the model ``base``, ``anchor``, ``pretrained`` or ``experts.<alias>`` lies.
 
         ``<key>@<step>`` is that model as it was after a step of its training that its recipe keeps (``kept``).
         """
@@ -75,12 +73,12 @@ class Zoo:
         if reference.startswith("zoo:"):
             self._ancestors(key)
             artifact = self._from_recipe(reference.removeprefix("zoo:"), progress)
-            return Source(artifact.path, artifact.digest)
+            return Location(artifact.path, artifact.digest)
         if reference.endswith(".gguf"):
             artifact = self._converted(reference, f"family.{key}")
-            return Source(artifact.path, artifact.digest)
+            return Location(artifact.path, artifact.digest)
         folder = self.assets.path(reference, f"family.{key}")
-        return Source(folder, self.digest_of(folder, f"family.{key}"))
+        return Location(folder, self.digest_of(folder, f"family.{key}"))
 
     def trained(self) -> list[str]:
         """Return the keys of models that are trained here from the base (they can be trained side by side)."""
@@ -91,9 +89,11 @@ class Zoo:
 
         The base stands among them even where it is only fetched, since everything is measured against it.
         """
-        made = [key for key, ref in self.family.references().items() if key == "base" or ref.startswith("zoo:")]
-        depths = {key: len(self._ancestors(key)) for key in made}
-        return [[key for key in made if depths[key] == depth] for depth in sorted(set(depths.values()))]
+        stages: dict[int, list[str]] = {}
+        for key, reference in self.family.references().items():
+            if key == "base" or reference.startswith("zoo:"):
+                stages.setdefault(len(self._ancestors(key)), []).append(key)
+        return [stages[depth] for depth in sorted(stages)]
 
     def kept(self, key: str) -> list[str]:
         """Return the keys ``<key>@<step>`` of the training of a model, in the order of the steps."""
@@ -101,195 +101,12 @@ class Zoo:
         return [f"{key}@{step}" for step in recipe.keep] if isinstance(recipe, Recipe) else []
 
     def models(self) -> Models:
-        """Open every model (headers only) and check that they agree; digests are known without reading weights.
-
-        Raises:
-            BadRequest: with every conflict found.
-        """
-        sources: dict[str, Source] = {}
-        faults: list[Fault] = []
-        for key in self.family.references():
-            try:
-                sources[key] = self.source(key)
-            except BadRequest as error:
-                faults += error.faults
-        if faults:
-            raise BadRequest(faults)
-        models = open_models({key: source.folder for key, source in sources.items()})
-        opened = {"base": models.base, "anchor": models.anchor, "pretrained": models.pretrained}
-        opened |= {f"experts.{alias}": checkpoint for alias, checkpoint in models.experts.items()}
-        for key, source in sources.items():
-            checkpoint = opened[key]
-            assert checkpoint is not None
-            checkpoint.__dict__["digest"] = source.digest
+        """Open every model (headers only), its digest known; raises BadRequest with every conflict found."""
+        found = BadRequest.gathered({key: partial(self.source, key) for key in self.family.references()})
+        models = open_models({key: location.folder for key, location in found.items()})
+        for model in filter(None, (models.base, models.pretrained, *models.pool)):
+            model.known_as(found[model.where.removeprefix("family.")].digest)
         return models
-
-    @cached_property
-    def lessons(self) -> Artifact:
-        """The lesson folder: training sets, the alignment set and the metric set."""
-        recipe: dict[str, Any] = {"version": lessons.VERSION, "seed": self.seed}
-        if lessons.distilled(self.prompts.path):
-            recipe["base"] = self.source("base").digest
-        splits = {split: self.prompts.path / split for split in lessons.SPLITS}
-        recipe["prompts"] = {
-            split: _folder_digest(folder, without="probes.jsonl") for split, folder in splits.items()
-        }
-        return self.store.obtain("lessons", recipe, self._write_lessons)
-
-    def examples_digest(self) -> dict[str, str]:
-        """Return what stands for the example sets in the key of a method that reads them."""
-        given = {"alignment": self.family.alignment, "metric": self.family.metric}
-        digests = {
-            name: file_sha256(_existing(path, f"family.{name}"))
-            for name, path in given.items()
-            if path is not None
-        }
-        return digests if len(digests) == len(given) else {**digests, "lessons": self.lessons.key}
-
-    def examples(self, name: str) -> list[Example]:
-        """Return the tokenised set ``alignment``, ``metric`` or that of a pool alias.
-
-        The anchor's own set is ``alignment``; an expert's is the start of its lessons where it was trained here, and
-        ``metric`` otherwise.
-        """
-        where = f"family.{name}"
-        given = {"alignment": self.family.alignment, "metric": self.family.metric}.get(name)
-        if given is not None:
-            records = read_jsonl(Path(given), where)
-        elif name == "anchor":
-            return self.examples("alignment")
-        elif name in self.family.experts:
-            reference = self.family.experts[name]
-            recipe = self.family.recipes.get(reference.removeprefix("zoo:"))
-            if recipe is None or not reference.startswith("zoo:"):
-                return self.examples("metric")
-            records = read_jsonl(self.lessons.path / f"{recipe.lessons}.jsonl", where)[:EXPERT_EXAMPLES]
-        else:
-            records = read_jsonl(self.lessons.path / f"{name}.jsonl", where)
-        return tokenise(load_tokenizer(self.source("base").folder), records, self.family.max_length)
-
-    def _write_corpus(self, folder: Path) -> dict[str, Any]:
-        self.corpus.build(self.asset, folder)
-        return {"digest": _folder_digest(folder)}
-
-    def _write_lessons(self, folder: Path) -> dict[str, Any]:
-        lessons.build(self.prompts.path, self._answer, folder, self.seed)
-        return {"digest": _folder_digest(folder)}
-
-    def _answer(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
-        """Return the base's own replies."""
-        base = self.source("base").folder
-        tokenizer, model = load_tokenizer(base), load_model(base, self.family.dtype)
-        rendered = [render(tokenizer, prompt) for prompt in prompts]
-        size = self.family.batch_size
-        with threads(2):
-            return greedy(model, tokenizer, rendered, max_new_tokens=ANSWER_TOKENS, batch_size=size)
-
-    def _from_recipe(self, name: str, progress: Progress) -> Artifact:
-        recipe = self.family.recipes[name]
-        if isinstance(recipe, RandomModel):
-            facts = {"random": recipe.version, **asdict(recipe), "seed": self.seed + recipe.seed}
-            facts |= {"corpus": self.prompts.key, "versions": versions()}
-            return self.store.obtain("models", facts, lambda f: recipe.build(self.prompts.path, f, self.seed))
-        if isinstance(recipe, NativeModel):
-            return self._native(recipe, progress)
-        return self._trained(name, recipe, progress)
-
-    def _native(self, recipe: NativeModel, progress: Progress) -> Artifact:
-        seed = self.seed if recipe.seeded else 0
-        facts = {"native": recipe.facts(), "version": recipe.version, "training": recipe.training.version}
-        facts |= {
-            "seed": seed,
-            "corpus": self.prompts.digest,
-            "threads": self.family.threads,
-            "versions": versions(),
-        }
-
-        def make(folder: Path) -> dict[str, Any]:
-            with threads(self.family.threads):
-                model, tokenizer, losses = recipe.build(self.prompts.path, seed, progress)
-            return {"digest": save_model(model, tokenizer, folder), "loss": _thinned(losses)}
-
-        return self.store.obtain("models", facts, make)
-
-    def _trained(self, name: str, recipe: Recipe, progress: Progress) -> Artifact:
-        start, seed = self.source(recipe.start), self.seed if recipe.seeded else 0
-        facts = {"recipe": recipe.facts(), "version": recipe.version, "seed": seed, recipe.start: start.digest}
-        facts |= {"threads": self.family.threads, "versions": versions(), **self._lesson_facts(recipe)}
-        if seed:  # the first seed had the recipe's own order before there were others
-            facts["order"] = recipe.seed + seed
-
-        def make(folder: Path) -> dict[str, Any]:
-            tokenizer, model = load_tokenizer(start.folder), load_model(start.folder, gradients=True)
-            examples, steps = self._lesson_examples(recipe, tokenizer, name), {}
-
-            def keep(step: int) -> None:
-                steps[str(step)] = save_model(model, tokenizer, folder / "steps" / str(step))
-
-            with threads(self.family.threads):
-                losses = train(model, examples, replace(recipe, seed=recipe.seed + seed), progress, keep)
-            made = {"digest": save_model(model, tokenizer, folder), "loss": _thinned(losses)}
-            return {**made, "steps": steps} if steps else made
-
-        return self.store.obtain("models", facts, make)
-
-    def _lesson_facts(self, recipe: Recipe) -> dict[str, str]:
-        """Return what stands for a recipe's lessons; those of the corpus itself need no base to have been made."""
-        if recipe.lessons in lessons.OF_CORPUS:
-            return {"corpus": file_sha256(self.prompts.path / f"train/{recipe.lessons}.jsonl")}
-        return {"lessons": self.lessons.key}
-
-    def _lesson_examples(self, recipe: Recipe, tokenizer: Any, name: str) -> list[Example]:
-        if recipe.lessons == "pretrain":
-            return plain_examples(tokenizer, self.prompts.path)
-        if recipe.lessons in lessons.OF_CORPUS:
-            records = lessons.taught(self.prompts.path, recipe.lessons)
-        else:
-            records = read_jsonl(self.lessons.path / f"{recipe.lessons}.jsonl", f"family.recipes.{name}")
-        return tokenise(tokenizer, records, self.family.max_length)
-
-    def _recipe(self, key: str) -> Any:
-        """Return how a model is made here, or None where it comes from elsewhere."""
-        reference = self.family.references()[key]
-        return self.family.recipes[reference.removeprefix("zoo:")] if reference.startswith("zoo:") else None
-
-    def _ancestors(self, key: str) -> list[str]:
-        """Return the models that a model is trained from, the nearest first.
-
-        Raises:
-            BadRequest: naming the recipe, if there is no such model or the models go round in a circle.
-        """
-        found: list[str] = []
-        while isinstance(recipe := self._recipe(key), Recipe):
-            name = self.family.references()[key].removeprefix("zoo:")
-            if recipe.start not in self.family.references() or recipe.start in found:
-                allowed = "a model of the family that is not trained from this one"
-                raise BadRequest.of(f"family.recipes.{name}.start", recipe.start, allowed)
-            key = recipe.start
-            found.append(key)
-        return found
-
-    def _kept(self, key: str, step: str, progress: Progress) -> Source:
-        if f"{key}@{step}" not in self.kept(key):
-            raise BadRequest.of(
-                f"family.{key}", f"no step {step} is kept", ", ".join(self.kept(key)) or "no step"
-            )
-        artifact = self._from_recipe(self.family.references()[key].removeprefix("zoo:"), progress)
-        return Source(artifact.path / "steps" / step, str(artifact.manifest["facts"]["steps"][step]))
-
-    def _converted(self, reference: str, where: str) -> Artifact:
-        recipe: dict[str, Any] = {
-            "gguf": self.assets.identity(reference, where),
-            "template": self.family.chat_template,
-        }
-        recipe |= {"conversion": CONVERSION, "versions": versions()}
-
-        def make(folder: Path) -> dict[str, Any]:
-            return {
-                "digest": convert_gguf(self.assets.path(reference, where), self.family.chat_template, folder)
-            }
-
-        return self.store.obtain("models", recipe, make)
 
     def digest_of(self, folder: Path, where: str) -> str:
         """Hash a folder outside the store once; size and time of its files tell whether it changed."""
@@ -302,16 +119,177 @@ class Zoo:
         Checkpoint.open(folder, where)
         return self.store.obtain("digests", {"place": place, "files": stats}, make).digest
 
+    @cached_property
+    def prompts(self) -> Artifact:
+        """The corpus folder; its digest stands for its content."""
+        recipe = {"corpus": self.corpus.name, "version": self.corpus.version, **asdict(self.corpus)}
+        recipe["packages"] = dict(self.assets.checksums)
+        return self.store.obtain("corpus", recipe, self._write_corpus)
 
-EXPERT_EXAMPLES = 64
+    @cached_property
+    def lessons(self) -> Artifact:
+        """The lesson folder: training sets, the alignment set and the metric set."""
+        recipe: dict[str, Any] = {"version": lessons.VERSION, "seed": self.seed}
+        if lessons.distilled(self.prompts.path):
+            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS}
+            recipe |= {"dtype": self.family.dtype, "batch_size": self.family.batch_size}
+            recipe |= computed_here(self.family)
+        recipe["prompts"] = {}
+        for split in lessons.SPLITS:
+            recipe["prompts"][split] = folder_digest(self.prompts.path / split, without="probes.jsonl")
+        return self.store.obtain("lessons", recipe, self._write_lessons)
 
+    def examples(self, name: str) -> list[Example]:
+        """Return an example set by the names of ``MergeContext.examples``, tokenised by the base's tokenizer."""
+        records = sets.records(self, name)
+        tokenizer = load_tokenizer(self.source("base").folder)
+        return tokenise(tokenizer, records, self.family.max_length, self.family.date)
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Save weights, config and tokenizer as a Hugging Face folder and return the weights' digest."""
-    vars(model.config).pop("auto_map", None)  # of a native class: it would point to code that is not there
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Checkpoint.open(folder, str(folder)).digest
+    def examples_digest(self, name: str) -> str:
+        """Return what stands for an example set in keys: its records and all that makes token ids of them."""
+        if name not in self._digests:
+            self._digests[name] = content_digest(sets.records(self, name), self._reading("base"))
+        return self._digests[name]
+
+    def probes(self) -> Probes:
+        """Return the selection probes of the corpus, rendered and tokenised."""
+        return sets.probes(self, load_tokenizer(self.source("base").folder))
+
+    def probes_digest(self) -> str:
+        """Return what stands for the selection probes in keys."""
+        return content_digest(sets.probe_records(self), self._reading("base"))
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    def _reading(self, key: str) -> dict[str, Any]:
+        """Return what token ids depend on beside the texts: a model's tokenizer, the date, the length."""
+        model, family = self.source(key).opened(f"family.{key}"), self.family
+        facts = {"tokenizer": model.companions["tokenizer"]}
+        return {**facts, "date": family.date, "max_length": family.max_length}
+
+    def _identity(self, key: str) -> dict[str, Any]:
+        """Return what a model and the ids that it reads depend on."""
+        return {**self.source(key).opened(f"family.{key}").identity, **self._reading(key)}
+
+    def _write_corpus(self, folder: Path) -> dict[str, Any]:
+        self.corpus.write(self.asset, folder)
+        return {"digest": folder_digest(folder)}
+
+    def _write_lessons(self, folder: Path) -> dict[str, Any]:
+        lessons.write(self.prompts.path, self._answer, folder, self.seed)
+        return {"digest": folder_digest(folder)}
+
+    def _answer(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
+        base = self.source("base").folder
+        tokenizer, model = load_tokenizer(base), load_model(base, self.family.dtype)
+        rendered = [render(tokenizer, prompt, self.family.date) for prompt in prompts]
+        size = self.family.batch_size
+        with threads(ANSWER_THREADS):
+            return greedy(model, tokenizer, rendered, max_new_tokens=ANSWER_TOKENS, batch_size=size)
+
+    def _from_recipe(self, name: str, progress: Progress) -> Artifact:
+        recipe = self.family.recipes[name]
+        if isinstance(recipe, RandomModel):
+            return self._random(recipe)
+        if isinstance(recipe, NativeModel):
+            return self._native(recipe, progress)
+        return self._trained(name, recipe, progress)
+
+    def _random(self, recipe: RandomModel) -> Artifact:
+        facts = {"random": asdict(recipe), "version": recipe.version, "seed": self.seed}
+        facts |= {"corpus": self.prompts.digest, **computed_here(self.family)}
+        return self.store.obtain("models", facts, lambda f: recipe.make(self.prompts.path, f, self.seed))
+
+    def _native(self, recipe: NativeModel, progress: Progress) -> Artifact:
+        seed = self.seed if recipe.seeded else 0
+        facts = {"native": asdict(recipe), "version": recipe.version, "training": recipe.training.version}
+        facts |= {"seed": seed, "corpus": self.prompts.digest, **computed_here(self.family)}
+
+        def make(folder: Path) -> dict[str, Any]:
+            with threads(self.family.threads):
+                model, tokenizer, losses = recipe.make(self.prompts.path, seed, progress)
+            return self._made(losses, save_model(model, tokenizer, folder))
+
+        return self.store.obtain("models", facts, make)
+
+    def _trained(self, name: str, recipe: Recipe, progress: Progress) -> Artifact:
+        seed = self.seed if recipe.seeded else 0
+        facts = {"recipe": asdict(recipe), "version": recipe.version, "seed": seed}
+        facts |= {"from": self._identity(recipe.start), "lessons": self._lesson_digest(recipe)}
+        facts |= computed_here(self.family)
+
+        def make(folder: Path) -> dict[str, Any]:
+            start = self.source(recipe.start).folder
+            tokenizer, model = load_tokenizer(start), load_model(start, gradients=True)
+            examples, steps = self._lesson_examples(recipe, tokenizer, name), {}
+
+            def keep(step: int) -> None:
+                steps[str(step)] = save_model(model, tokenizer, folder / "steps" / str(step))
+
+            with threads(self.family.threads):
+                losses = train(model, examples, replace(recipe, seed=recipe.seed + seed), progress, keep)
+            return {**self._made(losses, save_model(model, tokenizer, folder)), "steps": steps}
+
+        return self.store.obtain("models", facts, make)
+
+    def _made(self, losses: Sequence[float], digest: str) -> dict[str, Any]:
+        """Return the facts of a model that was trained here."""
+        thinned = [round(loss, 4) for loss in losses[:: max(1, len(losses) // 50)]]
+        return {"digest": digest, "loss": thinned, "family": self.family.name}
+
+    def _lesson_digest(self, recipe: Recipe) -> str:
+        """Return what stands for a recipe's lessons; those of the corpus itself need no base to have been made."""
+        if recipe.lessons in lessons.OF_CORPUS:
+            return file_sha256(self.prompts.path / f"train/{recipe.lessons}.jsonl")
+        return file_sha256(self.lessons.path / f"{recipe.lessons}.jsonl")
+
+    def _lesson_examples(self, recipe: Recipe, tokenizer: Any, name: str) -> list[Example]:
+        if recipe.lessons == "pretrain":
+            return plain_examples(tokenizer, self.prompts.path)
+        if recipe.lessons in lessons.OF_CORPUS:
+            records = lessons.taught(self.prompts.path, recipe.lessons)
+        else:
+            records = read_jsonl(self.lessons.path / f"{recipe.lessons}.jsonl", f"family.recipes.{name}")
+        return tokenise(tokenizer, records, self.family.max_length, self.family.date)
+
+    def _recipe(self, key: str) -> Any:
+        """Return how a model is made here, or None where it comes from elsewhere."""
+        reference = self.family.references()[key]
+        return self.family.recipes[reference.removeprefix("zoo:")] if reference.startswith("zoo:") else None
+
+    def _ancestors(self, key: str) -> list[str]:
+        """Return the models that a model is trained from, the nearest first.
+
+        Raises BadRequest, naming the recipe, if there is no such model or the models go round in a circle.
+        """
+        found: list[str] = []
+        while isinstance(recipe := self._recipe(key), Recipe):
+            name = self.family.references()[key].removeprefix("zoo:")
+            if recipe.start not in self.family.references() or recipe.start in found:
+                allowed = "a model of the family that is not trained from this one"
+                raise BadRequest.of(f"family.recipes.{name}.start", recipe.start, allowed)
+            key = recipe.start
+            found.append(key)
+        return found
+
+    def _kept(self, key: str, step: str, progress: Progress) -> Location:
+        if f"{key}@{step}" not in self.kept(key):
+            allowed = ", ".join(self.kept(key)) or "no step"
+            raise BadRequest.of(f"family.{key}", f"no step {step} is kept", allowed)
+        artifact = self._from_recipe(self.family.references()[key].removeprefix("zoo:"), progress)
+        return Location(artifact.path / "steps" / step, str(artifact.manifest["facts"]["steps"][step]))
+
+    def _converted(self, reference: str, where: str) -> Artifact:
+        template = self.family.chat_template
+        recipe: dict[str, Any] = {"gguf": self.assets.identity(reference, where), "template": template}
+        recipe |= {"conversion": CONVERSION, "versions": versions()}
+
+        def make(folder: Path) -> dict[str, Any]:
+            return {"digest": convert_gguf(self.assets.path(reference, where), template, folder)}
+
+        return self.store.obtain("models", recipe, make)
 
 
 def convert_gguf(path: Path, chat_template: str | None, folder: Path) -> str:
@@ -330,17 +308,16 @@ def convert_gguf(path: Path, chat_template: str | None, folder: Path) -> str:
     return save_model(model, tokenizer, folder)
 
 
-def _thinned(losses: Sequence[float]) -> list[float]:
-    return [round(loss, 4) for loss in losses[:: max(1, len(losses) // 50)]]
+def content_digest(records: Sequence[Any], reading: Any) -> str:
+    """Return the sha256 of records and of all that makes token ids of them."""
+    text = json.dumps([list(records), reading], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder_digest(folder: Path, without: str = "") -> str:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != without]
-    parts = {str(path.relative_to(folder)): file_sha256(path) for path in files}
+def folder_digest(folder: Path, without: str = "") -> str:
+    """Return the sha256 over the paths and contents of a folder's files, those called ``without`` left out."""
+    parts = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != without:
+            parts[str(path.relative_to(folder))] = file_sha256(path)
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
-
-
-def _existing(path: str, where: str) -> Path:
-    if not Path(path).is_file():
-        raise BadRequest.of(where, f"no such file: {path}", "a JSONL file with prompt and response")
-    return Path(path)

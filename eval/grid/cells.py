@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.keys import plain_fields
 from alignmerge.engine.language import threads
+from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import Merger, Models
 from alignmerge.engine.progress import Reporter
 from alignmerge.engine.store import Artifact
-from alignmerge.zoo.workshop import drop_weights, merged, recipe_of, weights
-from alignmerge.zoo.zoo import Source, Zoo
+from alignmerge.zoo.zoo import Zoo
 from eval.scorers.interface import Scorer
-from eval.scorers.subject import StoreSubject, read_scores, score
+from eval.scorers.subject import StoreSubject, identity_of, read_scores, score
 
-if TYPE_CHECKING:
-    import pandas as pd
+
+class CellFailed(RuntimeError):
+    """A cell was not finished: why, and where the traceback is."""
 
 
 class Cell(NamedTuple):
@@ -48,16 +52,44 @@ class Cell(NamedTuple):
         return self.zoo.seed
 
     @property
+    def work(self) -> tuple[Any, ...]:
+        """What measuring it takes: equal for rows that came to one method with one setting."""
+        return self.family, self.seed, self.split, self.model, repr(self.merger), repr(self.scorers)
+
+    @property
     def label(self) -> str:
         """Name in progress lines."""
-        return f"{self.split}: {self.family}, seed {self.seed}: {self.row}" + (
-            f" [{self.setting}]" if self.setting else ""
-        )
+        name = f"{self.split}: {self.family}, seed {self.seed}: {self.row}"
+        return f"{name} [{self.setting}]" if self.setting else name
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What a record of failure is filed under."""
-        return {"cell": self.label}
+        """What tells this cell from every other: a record of failure is filed under it."""
+        merger = None if self.merger is None else _told(self.merger)
+        scorers, family = list(map(_told, self.scorers)), plain_fields(self.zoo.family)
+        return {"cell": self.label, "family": family, "merger": merger, "model": self.model, "scorers": scorers}
+
+    def merge(self, zoo: Zoo, models: Models) -> Merge | None:
+        """Return the merge that is measured; None for a model as it is. ``zoo`` may be frozen."""
+        return None if self.merger is None else Merge(self.merger, zoo, models, self.seed)
+
+    def subject(self, zoo: Zoo, models: Models) -> StoreSubject:
+        """Return the model that is measured.
+
+        The folder of a merge may be empty: its record still says what its weights are.
+        """
+        merge = self.merge(zoo, models)
+        if merge is not None:
+            identity = identity_of(models.base) | {"weights": merge.record().digest}
+            return StoreSubject(zoo, merge.folder, identity, self.split, models, self.seed)
+        assert self.model is not None
+        location = zoo.source(self.model)
+        identity = identity_of(location.opened(f"family.{self.model}"))
+        return StoreSubject(zoo, location.folder, identity, self.split, models, self.seed)
+
+
+def _told(one: Merger | Scorer) -> list[Any]:
+    return [one.name, plain_fields(one)]
 
 
 def prepare(zoo: Zoo, key: str, reporter: Reporter) -> None:
@@ -66,7 +98,7 @@ def prepare(zoo: Zoo, key: str, reporter: Reporter) -> None:
     with threads(zoo.family.threads):
         zoo.source(key, reporter)
         if key == "base" and zoo.trained():
-            zoo.examples_digest()
+            _ = zoo.lessons
     reporter(1, 1)
 
 
@@ -79,29 +111,21 @@ def measure(cell: Cell, reporter: Reporter) -> None:
     except BadRequest:
         raise
     except Exception as error:
-        store.failed("cells", cell.recipe, error)
-        raise RuntimeError(f"{cell.label}: {''.join(traceback.format_exception_only(error)).strip()}") from None
+        record = store.failed("cells", cell.recipe, error)
+        raise CellFailed(f"{type(error).__name__}: {error} (traceback: {record})") from None
     store.forget_failure("cells", cell.recipe)
 
 
 def _measure(cell: Cell, reporter: Reporter) -> None:
-    zoo = cell.zoo
-    models = zoo.models()
+    models = cell.zoo.models()
     total = len(cell.scorers) + 1
     reporter(0, total)
-    record = _record(zoo, models, cell)
-    if cell.merger is not None and record is not None:
-        artifact = weights(cell.merger, zoo, models, cell.seed)
-        if artifact.digest != record.digest:
-            raise ArithmeticError(
-                f"the merge was built again and differs: {artifact.digest} is not {record.digest}"
-            )
-    subject = _subject(zoo, models, cell, record)
-    for done, scorer in enumerate(cell.scorers, 1):
-        reporter(done, total)
-        score(scorer, subject)
-    if cell.merger is not None:
-        drop_weights(cell.merger, zoo, models, cell.seed)
+    merge = cell.merge(cell.zoo, models)
+    with nullcontext() if merge is None else merge.held():
+        subject = cell.subject(cell.zoo, models)
+        for done, scorer in enumerate(cell.scorers, 1):
+            reporter(done, total)
+            score(scorer, subject)
     reporter(total, total)
 
 
@@ -111,20 +135,13 @@ class CellResult:
 
     cell: Cell
     scores: Mapping[str, Artifact]
-    """By scorer class."""
+    """By name of the scorer."""
     merge: Artifact | None
 
     @cached_property
     def frame(self) -> pd.DataFrame:
         """The samples of all scorers."""
-        import pandas as pd
-
-        return pd.concat([read_scores(artifact) for artifact in self.scores.values()], ignore_index=True)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """Scorer class -> store key."""
-        return {name: artifact.key for name, artifact in self.scores.items()}
+        return pd.concat(map(read_scores, self.scores.values()), ignore_index=True)
 
 
 def read(frozen: Zoo, models: Models, cell: Cell) -> CellResult:
@@ -133,23 +150,6 @@ def read(frozen: Zoo, models: Models, cell: Cell) -> CellResult:
     Raises:
         NotMade: if a part of it is missing.
     """
-    record = _record(frozen, models, cell)
-    subject = _subject(frozen, models, cell, record)
-    return CellResult(cell, {type(scorer).__name__: score(scorer, subject) for scorer in cell.scorers}, record)
-
-
-def _record(zoo: Zoo, models: Models, cell: Cell) -> Artifact | None:
-    """Return the record of a cell's merge; None for a model as it is."""
-    return merged(cell.merger, zoo, models, cell.seed) if cell.merger is not None else None
-
-
-def _subject(zoo: Zoo, models: Models, cell: Cell, record: Artifact | None) -> StoreSubject:
-    """Return the model of a cell; a merge's folder may be empty, its record still says what its weights are."""
-    if cell.merger is None or record is None:
-        assert cell.model is not None
-        source = zoo.source(cell.model)
-    else:
-        source = Source(
-            zoo.store.path("weights", recipe_of(cell.merger, zoo, models, cell.seed)), record.digest
-        )
-    return StoreSubject(zoo, source.folder, source.digest, cell.split, models, cell.seed)
+    subject, merge = cell.subject(frozen, models), cell.merge(frozen, models)
+    scores = {scorer.name: score(scorer, subject) for scorer in cell.scorers}
+    return CellResult(cell, scores, None if merge is None else merge.record())

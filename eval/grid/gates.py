@@ -1,4 +1,4 @@
-"""Gates: what must hold of the models that an experiment made before their merges are worth measuring (dev split)."""
+"""Gates: what must hold of an experiment's models, on the dev split, for their merges to be of interest."""
 
 from __future__ import annotations
 
@@ -63,13 +63,17 @@ def marks(found: Mapping[tuple[str, int], Sequence[Verdict]]) -> dict[str, str]:
     """Return family -> what its tables say of missed gates; families that met all are left out."""
     seeds: dict[str, list[str]] = {}
     for (family, seed), verdicts_of in found.items():
-        if not all(one.met for one in verdicts_of):
+        if missed({(family, seed): verdicts_of}):
             seeds.setdefault(family, []).append(str(seed))
     return {family: f"gates missed: seed {', '.join(numbers)}" for family, numbers in seeds.items()}
 
 
 def _spell(gate: Gate) -> str:
-    what = f"{gate.column} of {gate.row}" + (f" minus {gate.minus}" if gate.minus is not None else "")
-    low = [f"at least {gate.at_least:g}"] if math.isfinite(gate.at_least) else []
-    high = [f"at most {gate.at_most:g}"] if math.isfinite(gate.at_most) else []
-    return f"{what}: {', '.join(low + high)}"
+    what = f"{gate.column} of {gate.row}"
+    if gate.minus is not None:
+        what += f" minus {gate.minus}"
+    bounds = []
+    for words, bound in (("at least", gate.at_least), ("at most", gate.at_most)):
+        if math.isfinite(bound):
+            bounds.append(f"{words} {bound:g}")
+    return f"{what}: {', '.join(bounds)}"

@@ -1,12 +1,14 @@
-"""What a grid is: rows, the settings that are tried for each, and how its models are measured and compared."""
+"""What a grid is: rows, the settings that are tried for each, how models are measured and compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
+from alignmerge.engine.configuration import GROUP
 from alignmerge.engine.faults import BadRequest, Fault
 from eval.grid.gates import Gate
 from eval.scorers.interface import Scorer
@@ -14,7 +16,7 @@ from eval.scorers.interface import Scorer
 MATCHED = "/matched"
 """Suffix of the row whose setting comes nearest to the matched refusal rate on the dev split."""
 AT = "@"
-"""Between a swept row and its setting, in the name of the row that reports it: ``alignmerge@lambda_align=0.3``."""
+"""Between a swept row and its setting where one is reported: ``alignmerge@lambda_align=0.3``."""
 
 
 class Point(NamedTuple):
@@ -35,14 +37,14 @@ class Row:
 
     method: str
     """A file of conf/method, without its ending."""
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields that differ from that file."""
     settings: Sequence[Mapping[str, Any]] = ()
     """Fields to try on the dev split; none: the row has nothing to tune."""
     matched: bool = False
-    """Whether the setting nearest to the grid's matched refusal rate is reported as a row of its own."""
+    """Whether the setting nearest to the grid's matched refusal rate is a row of its own as well."""
     swept: bool = False
-    """Whether every setting is reported, as a row of its own, and none is tried on the dev split or selected."""
+    """Whether every setting is a row of its own, and none is tried on the dev split or selected."""
 
     @property
     def tried(self) -> Sequence[Mapping[str, Any]]:
@@ -51,33 +53,29 @@ class Row:
 
     def points(self, name: str) -> list[Point]:
         """Return what a swept row reports under its name; nothing for other rows."""
-        values = [(key, value) for setting in self.settings for key, value in setting.items()]
-        return [
-            Point(f"{name}{AT}{key}={_short(value)}", name, key, value) for key, value in values if self.swept
-        ]
+        points = []
+        for setting in self.settings if self.swept else ():
+            for key, value in setting.items():
+                points.append(Point(f"{name}{AT}{key}={_short(value)}", name, key, value))
+        return points
 
-    def faults(self, where: str) -> list[Fault]:
-        """Return what is wrong with a sweep."""
-        if not self.swept:
-            return []
-        found = (
-            [Fault(f"{where}.matched", "true", "false: nothing is selected of a swept row")]
-            if self.matched
-            else []
-        )
-        keys = [", ".join(setting) for setting in self.settings]
-        if not keys or len(set(keys)) > 1 or any(len(setting) != 1 for setting in self.settings):
-            given = "; ".join(dict.fromkeys(keys)) or "no settings"
-            return [
-                *found,
-                Fault(f"{where}.settings", given, "one field, the same in every setting of a swept row"),
-            ]
-        values = [value for setting in self.settings for value in setting.values()]
-        wrong = [value for value in values if not _sweepable(value)]
-        found += [Fault(f"{where}.settings", repr(value), "a number or null in a swept row") for value in wrong]
-        names = [_short(value) for value in values if value not in wrong]
+    def sweep_faults(self, where: str) -> list[Fault]:
+        """Return what is wrong with a swept row."""
+        found, names, settings = [], [], f"{where}.settings"
+        if self.matched:
+            found.append(Fault(f"{where}.matched", "true", "false: nothing is selected of a swept row"))
+        keys = dict.fromkeys(map(", ".join, self.settings))
+        if len(keys) != 1 or len(self.settings[0]) != 1:
+            allowed = "one field, the same in every setting of a swept row"
+            return [*found, Fault(settings, "; ".join(keys) or "no settings", allowed)]
+        for setting in self.settings:
+            (value,) = setting.values()
+            if value is None or (type(value) in (int, float) and not math.isnan(value)):
+                names.append(_short(value))
+            else:
+                found.append(Fault(settings, repr(value), "a number or null in a swept row"))
         if len(set(names)) < len(names):
-            found.append(Fault(f"{where}.settings", ", ".join(names), "each value once"))
+            found.append(Fault(settings, ", ".join(names), "each value once"))
         return found
 
 
@@ -88,14 +86,14 @@ class Grid:
     name: str
     title: str
     rows: Mapping[str, Row]
-    dev_scorers: Mapping[str, Scorer]
+    dev_scorers: Mapping[str, Scorer] = field(metadata={GROUP: "scorer"})
     families: Sequence[str] = ()
     """Files of conf/family, without their ending; none: the family that the command line chooses."""
     seeds: int = 1
-    """How many seeds: ``seed``, ``seed + 1``, ... Each makes models of its own where the family's are made here."""
+    """How many seeds: ``seed``, ``seed + 1``, ... Each has its own models where they are made here."""
     gates: Mapping[str, Gate] = field(default_factory=dict)
-    """What must hold of the models (and of rows without settings) on the dev split before anything is merged."""
-    trajectory_scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    """What should hold of the models, and of rows without settings, on the dev split."""
+    trajectory_scorers: Mapping[str, Scorer] = field(default_factory=dict, metadata={GROUP: "scorer"})
     """How the checkpoints that an anchor's training kept are measured (test split)."""
     against: Sequence[str] = ()
     """Rows that every other row is compared with."""
@@ -103,16 +101,18 @@ class Grid:
     """Dev refusal rate at which ``matched`` rows are compared."""
 
     def __post_init__(self) -> None:
-        faults = [
-            Fault("grid.against", name, f"a row: {', '.join(self.row_names())}")
-            for name in self.against
-            if name not in self.row_names()
-        ]
-        faults += [fault for name, row in self.rows.items() for fault in row.faults(f"grid.rows.{name}")]
-        counts = {len(row.tried) for row in self.rows.values() if row.tried}
+        faults = []
+        names = self.row_names()
+        for name in self.against:
+            if name not in names:
+                faults.append(Fault("grid.against", name, f"a row: {', '.join(names)}"))
+        for name, row in self.rows.items():
+            if row.swept:
+                faults += row.sweep_faults(f"grid.rows.{name}")
+        counts = {len(row.tried) for row in self.rows.values()} - {0}
         if len(counts) > 1:
-            given = f"{sorted(counts)} settings"
-            faults.append(Fault("grid.rows", given, "the same number of settings for every row that is tuned"))
+            allowed = "the same number of settings for every row that is tuned"
+            faults.append(Fault("grid.rows", f"{sorted(counts)} settings", allowed))
         if self.seeds < 1:
             faults.append(Fault("grid.seeds", str(self.seeds), "a whole number of at least 1"))
         if len(set(self.families)) < len(self.families):
@@ -124,13 +124,14 @@ class Grid:
 
     def row_names(self) -> list[str]:
         """Return every method row that the tables may hold."""
-        named = [name for own, row in self.rows.items() for name in [p.row for p in row.points(own)] or [own]]
-        matched = [name + MATCHED for name, row in self.rows.items() if row.matched]
-        return [*named, *matched]
+        named = []
+        for name, row in self.rows.items():
+            named += [point.row for point in row.points(name)] or [name]
+        return named + [name + MATCHED for name, row in self.rows.items() if row.matched]
 
     def points(self) -> list[Point]:
         """Return what all swept rows report, in order."""
-        return [point for name, row in self.rows.items() for point in row.points(name)]
+        return list(chain.from_iterable(row.points(name) for name, row in self.rows.items()))
 
 
 def spell(setting: Mapping[str, Any]) -> str:
@@ -140,9 +141,6 @@ def spell(setting: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     """Write a swept value as short as it can be read back."""
-    return "null" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
-
-
-def _sweepable(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (number and not math.isnan(value))
+    if value is None:
+        return "null"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -2,65 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from eval.report.canvas import FAMILY_COLOURS, GREY, OURS_COLOUR, freeze, sheet, whole_numbers
 from eval.report.profiles import with_layers
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _TITLE = "The anchor's alignment training"
 _MEASURES = {"aqi": "AQI ↑", "tau_gap": "τ gap, pooled sd"}
+_SHARES = (
+    "0 is theta_IT, 1 the anchor. Lines: mean over seeds; bands: their range. AQI has no common scale "
+    "across architectures: compare rises, not levels"
+)
+_STEPS = "Step 0 is theta_IT. Grey: single seeds; curves over the layers: mean over seeds, pale to dark"
 _LAYERS = {"aqi_by_layer": "AQI ↑", "tau_by_layer": "τ gap, pooled sd"}
 
 
-def training_of_families(trajectory: pd.DataFrame, caption: str) -> Figure | None:
-    """Draw AQI and tau along the training of every family's anchor: the mean over seeds, in a band of their range.
-
-    ``trajectory`` has one sample a line: family, seed, step, share, column, id, value.
-    """
-    measures = _measured(trajectory, _MEASURES)
-    if not measures:
+def training_of_families(trajectory: pd.DataFrame | None, caption: str) -> Figure | None:
+    """Draw AQI and tau along the training of every family's anchor: mean and range over seeds."""
+    if trajectory is None or not (measures := _measured(trajectory, _MEASURES)):
         return None
-    reading = "0 is theta_IT, 1 the anchor. Lines: mean over seeds; bands: their range. AQI has no common scale"
-    figure = sheet(_TITLE, f"{caption}. {reading} across architectures: compare rises, not levels", (9.5, 4.6))
+    figure = sheet(_TITLE, f"{caption}. {_SHARES}", (9.5, 4.6))
     axes = figure.subplots(ncols=len(measures), squeeze=False)[0]
     for panel, (column, label) in zip(axes, measures.items(), strict=True):
-        for place, (family, of) in enumerate(trajectory.groupby("family", sort=False)):
-            colour = FAMILY_COLOURS[place % len(FAMILY_COLOURS)]
-            by_seed = _along(of, column, "share")
-            panel.plot(
-                by_seed.index, by_seed.mean(axis=1), color=colour, lw=1.8, marker="o", ms=3, label=family
-            )
+        families = trajectory.groupby("family", sort=False)
+        for colour, (family, of_family) in zip(itertools.cycle(FAMILY_COLOURS), families, strict=False):
+            by_seed = _along(of_family, column, "share")
+            style = {"color": colour, "label": family, "lw": 1.8, "marker": "o", "ms": 3}
+            panel.plot(by_seed.index, by_seed.mean(axis=1), **style)
             if by_seed.shape[1] > 1:
                 ends = by_seed.min(axis=1), by_seed.max(axis=1)
                 panel.fill_between(by_seed.index, *ends, color=colour, alpha=0.15, lw=0)
         panel.set(xlabel="share of the training steps", ylabel=label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return freeze(figure)
 
 
-def training(trajectory: pd.DataFrame, caption: str) -> Figure | None:
-    """Draw AQI and tau along the training of one family's anchor, and both over the layers at every checkpoint."""
-    measures, layers = _measured(trajectory, _MEASURES), _measured(trajectory, _LAYERS)
-    if not measures:
+def training(trajectory: pd.DataFrame | None, caption: str) -> Figure | None:
+    """Draw AQI and tau along the training of one family's anchor, and both over the layers."""
+    if trajectory is None or not (measures := _measured(trajectory, _MEASURES)):
         return None
-    reading = "Step 0 is theta_IT. Grey: single seeds; curves over the layers: mean over seeds, pale to dark"
-    figure = sheet(_TITLE, f"{caption}. {reading}", (9.5, 3.4 * (1 + bool(layers))))
+    layers = _measured(trajectory, _LAYERS)
+    figure = sheet(_TITLE, f"{caption}. {_STEPS}", (9.5, 3.4 * (1 + bool(layers))))
     axes = figure.subplots(1 + bool(layers), max(len(measures), len(layers)), squeeze=False)
     for panel, (column, label) in zip(axes[0], measures.items(), strict=False):
         by_seed = _along(trajectory, column, "step")
         panel.plot(by_seed.index, by_seed, color=GREY, lw=0.8, alpha=0.7)
         panel.plot(by_seed.index, by_seed.mean(axis=1), color=OURS_COLOUR, lw=2, marker="o", ms=4)
         panel.set(xlabel="training step", ylabel=label)
-    for panel, (column, label) in zip(axes[-1] if layers else (), layers.items(), strict=False):
+    for panel, (column, label) in zip(axes[-1], layers.items(), strict=False):
         _over_layers(panel, with_layers(trajectory, column))
         panel.set(xlabel="layer", ylabel=label)
     return freeze(figure)
@@ -72,16 +67,16 @@ def _measured(trajectory: pd.DataFrame, columns: dict[str, str]) -> dict[str, st
 
 
 def _along(trajectory: pd.DataFrame, column: str, by: str) -> pd.DataFrame:
-    """Return steps x seeds of a column of one value per checkpoint, interpolated where seeds stopped elsewhere."""
+    """Return steps x seeds of a column, interpolated at steps that only other seeds have."""
     samples = trajectory[(trajectory["column"] == column) & (trajectory["id"] == "all")]
-    return samples.pivot(index=by, columns="seed", values="value").interpolate("index", limit_area="inside")
+    by_seed = samples.pivot(index=by, columns="seed", values="value")
+    return by_seed.interpolate("index", limit_area="inside")
 
 
 def _over_layers(axes: Axes, samples: pd.DataFrame) -> None:
-    """Draw one curve a checkpoint, averaged over seeds."""
     curves = samples.pivot_table(index="step", columns="layer", values="value")
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.25, 1, len(curves)))
     for (step, curve), colour in zip(curves.iterrows(), colours, strict=True):
         axes.plot(curves.columns, curve, color=colour, lw=1.4, label=f"step {step}")
     whole_numbers(axes)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)

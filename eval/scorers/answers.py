@@ -15,8 +15,7 @@ class Answer(NamedTuple):
     name: str
     prompt: Prompt
     reply: str
-    seen: str
-    """First 16 hex digits of the sha256 of the exact text that the model saw."""
+    seen: str  # the ``digest`` of the exact text that the model saw
 
     @property
     def id(self) -> str:
@@ -24,15 +23,19 @@ class Answer(NamedTuple):
         return f"{self.name}/{self.prompt.id}"
 
 
+def digest(text: str) -> str:
+    """Return the first 16 hex digits of the sha256 of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def answers(subject: Subject, names: Sequence[str]) -> list[Answer]:
     """Return the answers to the sets ``names`` in order.
 
     Raises ``ValueError`` if a set has more or fewer replies than prompts.
     """
-    return [
-        Answer(name, prompt, reply, hashlib.sha256(text.encode()).hexdigest()[:16])
-        for name in names
-        for prompt, reply, text in zip(
-            subject.prompts(name), subject.replies(name), subject.rendered(name), strict=True
-        )
-    ]
+    found = []
+    for name in names:
+        rows = zip(subject.prompts(name), subject.replies(name), subject.rendered(name), strict=True)
+        for prompt, reply, text in rows:
+            found.append(Answer(name, prompt, reply, digest(text)))
+    return found

@@ -1,9 +1,9 @@
-"""Two offline toxicity classifiers, read as data from other people's packages: a BiLSTM and a linear model.
+"""Two offline toxicity classifiers, read as data from published packages: a BiLSTM and a linear model.
 
 The BiLSTM (``toxic-comment-classifier``, MIT) gives the six labels of the Jigsaw challenge, which are
 Detoxify's; the linear one (``alt-profanity-check``, MIT) gives one probability of profanity and is
-independent of it. Both took short comments in training, so that a long text is scored in windows that overlap
-by half, and the worst window counts.
+independent of it. Both took short comments in training, so that a long text is scored in windows that
+overlap by half, and the worst window counts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,9 +24,9 @@ from alignmerge.engine.faults import BadRequest
 from eval.scorers.restricted import Record, read_joblib, read_pickle
 
 Item = TypeVar("Item")
+Array = NDArray[np.float64]
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
-LENGTH = 100
-"""Words that either classifier looks at together; the BiLSTM's training texts were cut or padded to it."""
+LENGTH = 100  # words that either classifier looks at together, as in the BiLSTM's training texts
 
 
 def windows(items: Sequence[Item], length: int) -> list[Sequence[Item]]:
@@ -40,33 +41,31 @@ def windows(items: Sequence[Item], length: int) -> list[Sequence[Item]]:
     return [items[end - length : end] for end in ends]
 
 
-class Vocabulary(NamedTuple):
+class KerasTokenizer(NamedTuple):
     """How the BiLSTM's texts become numbers: the rules of the Keras text tokenizer."""
 
     numbers: Mapping[str, int]
-    size: int
-    """Words with this index or above are dropped, like unknown ones."""
-    filters: str
-    """Characters that separate words."""
+    size: int  # words with this index or above are dropped, like unknown ones
+    filters: str  # characters that separate words
 
     def ids(self, text: str) -> list[int]:
         """Return the numbers of the known words of ``text`` in order."""
-        split = text.lower().translate(str.maketrans(self.filters, " " * len(self.filters))).split(" ")
-        found = (self.numbers.get(word) for word in split if word)
+        plain = text.lower().translate(str.maketrans(self.filters, " " * len(self.filters)))
+        found = map(self.numbers.get, plain.split(" "))  # Keras never numbers the empty word
         return [at for at in found if at is not None and at < self.size]
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a pickled Keras ``Tokenizer`` without running its code; raises ``BadRequest`` naming the file."""
+def read_keras_tokenizer(path: Path) -> KerasTokenizer:
+    """Read a pickled Keras ``Tokenizer`` without running its code, or raise ``BadRequest``."""
     names = {
         ("keras.src.legacy.preprocessing.text", "Tokenizer"): Record,
         ("collections", "OrderedDict"): OrderedDict,
         ("collections", "defaultdict"): defaultdict,
         ("builtins", "int"): int,
     }
-    state = _attributes(path, read_pickle(path, names))
-    _same(path, state, {"lower": True, "split": " ", "char_level": False, "oov_token": None})
-    return Vocabulary(state["word_index"], int(state["num_words"]), state["filters"])
+    rules = {"lower": True, "split": " ", "char_level": False, "oov_token": None}
+    state = _attributes(path, read_pickle(path, names), rules)
+    return KerasTokenizer(state["word_index"], int(state["num_words"]), state["filters"])
 
 
 class SixLabels(nn.Module):
@@ -80,18 +79,18 @@ class SixLabels(nn.Module):
         self.output = nn.Linear(hidden, len(LABELS))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return probabilities (n, 6) for word numbers (n, t); padding is a word of its own, as in Keras."""
+        """Return probabilities (n, 6) for word numbers (n, t); padding is a word too, as in Keras."""
         states, _ = self.lstm(self.embedding(ids))
         probabilities: Tensor = torch.sigmoid(self.output(torch.relu(self.hidden(states.amax(1)))))
         return probabilities
 
 
 def read_six_labels(path: Path) -> SixLabels:
-    """Read the Keras weights in the HDF5 file ``path`` into the torch module; the sizes come from the file.
+    """Read the Keras weights in the HDF5 file ``path``; the sizes come from the file.
 
-    Keras keeps an LSTM as kernel (d, 4h), recurrent kernel (h, 4h) and bias (4h), gates in the order i, f, c,
-    o, which is torch's i, f, g, o, and its dense kernels transposed. Raises ``BadRequest`` naming the file if
-    a weight is missing, of another shape or not finite.
+    Keras keeps an LSTM as kernel (d, 4h), recurrent kernel (h, 4h) and bias (4h), gates in the order
+    i, f, c, o, which is torch's i, f, g, o, and its dense kernels transposed. Raises ``BadRequest``
+    naming the file if a weight is missing, of another shape or not finite.
     """
     try:
         state = _keras_state(path)
@@ -100,8 +99,7 @@ def read_six_labels(path: Path) -> SixLabels:
         network = SixLabels(words, width, both // 2, hidden)
         network.load_state_dict(state)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadRequest.of(path.name, f"not read: {reason}", "the published BiLSTM weights") from None
+        raise BadRequest.of(path.name, f"not read: {error}", "the published BiLSTM weights") from None
     if not all(bool(weight.isfinite().all()) for weight in state.values()):
         raise BadRequest.of(path.name, "a weight is not finite", "finite numbers")
     return network.eval()
@@ -128,25 +126,37 @@ def _keras_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+@lru_cache(maxsize=1)
+def read_bilstm(folder: Path) -> tuple[SixLabels, KerasTokenizer]:
+    """Read the network and its tokenizer; raises ``BadRequest`` if they do not fit each other."""
+    network = read_six_labels(folder / "model.weights.h5")
+    tokenizer = read_keras_tokenizer(folder / "tokenizer.pickle")
+    held = network.embedding.num_embeddings
+    if tokenizer.size > held:
+        allowed = f"at most {held}, as in model.weights.h5"
+        raise BadRequest.of("tokenizer.pickle", f"{tokenizer.size} words", allowed)
+    return network, tokenizer
+
+
 @torch.inference_mode()
-def six_labels(
-    network: SixLabels, vocabulary: Vocabulary, texts: Sequence[str], batch_size: int
-) -> NDArray[np.float64]:
+def six_labels(network: SixLabels, tokenizer: KerasTokenizer, texts: Sequence[str], batch_size: int) -> Array:
     """Return the six probabilities of each text, float64 (n, 6), each the maximum over its windows.
 
     A text of which the classifier knows no word gives a row of NaN: it was not scored.
     """
     rows, owners = [], []
     for owner, text in enumerate(texts):
-        ids = vocabulary.ids(text)
-        for window in windows(ids, LENGTH) if ids else []:
-            rows.append([0] * (LENGTH - len(window)) + list(window))
-            owners.append(owner)
-    parts = [torch.tensor(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
-    return worst(len(texts), owners, [network(part) for part in parts])
+        ids = tokenizer.ids(text)
+        if ids:
+            cut = windows(ids, LENGTH)
+            rows += [[0] * (LENGTH - len(window)) + list(window) for window in cut]
+            owners += [owner] * len(cut)
+    starts = range(0, len(rows), batch_size)
+    parts = [network(torch.tensor(rows[start : start + batch_size])) for start in starts]
+    return worst(len(texts), owners, parts)
 
 
-def worst(count: int, owners: Sequence[int], parts: Sequence[Tensor]) -> NDArray[np.float64]:
+def worst(count: int, owners: Sequence[int], parts: list[Tensor]) -> Array:
     """Return the maximum over the windows of each of ``count`` texts, float64 (count, 6).
 
     ``parts`` stacked are the windows' probabilities (m, 6), ``owners[j]`` the text of window j; a
@@ -154,28 +164,27 @@ def worst(count: int, owners: Sequence[int], parts: Sequence[Tensor]) -> NDArray
     """
     scores = np.full((count, len(LABELS)), np.nan)
     if parts:
-        np.fmax.at(scores, np.asarray(owners), torch.cat(list(parts)).double().numpy())
+        np.fmax.at(scores, np.asarray(owners), torch.cat(parts).double().numpy())
     return scores
 
 
 class Linear(NamedTuple):
-    """TF-IDF and an ensemble of k calibrated linear SVMs over V words, taken apart into float64 arrays."""
+    """TF-IDF and an ensemble of k calibrated linear SVMs over V words, as float64 arrays.
+
+    ``idf`` is (V,), ``weights`` (k, V); ``biases`` and Platt's ``slopes`` a and ``offsets`` b, as in
+    1 / (1 + exp(a f + b)), are (k,).
+    """
 
     numbers: Mapping[str, int]
     token: re.Pattern[str]
-    idf: NDArray[np.float64]
-    """(V,)"""
-    weights: NDArray[np.float64]
-    """(k, V)"""
-    biases: NDArray[np.float64]
-    """(k,)"""
-    slopes: NDArray[np.float64]
-    """(k,): the a of Platt's 1 / (1 + exp(a f + b))"""
-    offsets: NDArray[np.float64]
-    """(k,): the b"""
+    idf: Array
+    weights: Array
+    biases: Array
+    slopes: Array
+    offsets: Array
 
     def probability(self, text: str) -> float:
-        """Return the mean probability for the worst window of ``text``; without a known word, the prior."""
+        """Return the mean probability for the worst window; the prior where no word is known."""
         return max(map(self._window, windows(self.token.findall(text.lower()), LENGTH)))
 
     def _window(self, words: Sequence[str]) -> float:
@@ -187,62 +196,60 @@ class Linear(NamedTuple):
         return float(np.mean(1 / (1 + np.exp(self.slopes * margins + self.offsets))))
 
 
-_TFIDF = ("sklearn.feature_extraction.text", "TfidfVectorizer")
-_SVMS = ("sklearn.calibration", "CalibratedClassifierCV")
 _SKLEARN = (
-    _TFIDF,
+    ("sklearn.feature_extraction.text", "TfidfVectorizer"),
     ("sklearn.feature_extraction.text", "TfidfTransformer"),
-    _SVMS,
+    ("sklearn.calibration", "CalibratedClassifierCV"),
     ("sklearn.calibration", "_CalibratedClassifier"),
     ("sklearn.calibration", "_SigmoidCalibration"),
     ("sklearn.svm._classes", "LinearSVC"),
 )
+_SETTINGS = {
+    "analyzer": "word", "lowercase": True, "ngram_range": (1, 1), "norm": "l2", "use_idf": True,
+    "binary": False, "sublinear_tf": False, "strip_accents": None, "preprocessor": None, "tokenizer": None,
+}  # fmt: skip
 
 
+@lru_cache(maxsize=1)
 def read_linear(vectorizer: Path, model: Path) -> Linear:
     """Take a pickled scikit-learn TF-IDF and its calibrated SVMs apart; none of their code runs.
 
-    Raises ``BadRequest`` naming the file if it names anything but the six classes expected or was fitted with
-    settings that ``Linear`` does not compute.
+    Raises ``BadRequest`` naming the file if it names anything but the six classes expected or was
+    fitted with settings that ``Linear`` does not compute.
     """
     names = dict.fromkeys(_SKLEARN, Record)
-    text = _attributes(vectorizer, read_joblib(vectorizer, names))
-    plain = {"analyzer": "word", "lowercase": True, "ngram_range": (1, 1), "norm": "l2", "use_idf": True}
-    off = {
-        "binary": False,
-        "sublinear_tf": False,
-        "strip_accents": None,
-        "preprocessor": None,
-        "tokenizer": None,
-    }
-    _same(vectorizer, text, {**plain, **off})
-    svms = _attributes(model, read_joblib(model, names))
+    text = _attributes(vectorizer, read_joblib(vectorizer, names), _SETTINGS)
+    svms = _attributes(model, read_joblib(model, names), {})
+    weights, biases, slopes, offsets = [], [], [], []
     try:
-        members = [(vars(m.estimator), vars(m.calibrators[0])) for m in svms["calibrated_classifiers_"]]
+        for member in svms["calibrated_classifiers_"]:
+            svm, platt = vars(member.estimator), vars(member.calibrators[0])
+            weights.append(svm["coef_"][0])
+            biases.append(svm["intercept_"][0])
+            slopes.append(platt["a_"])
+            offsets.append(platt["b_"])
         linear = Linear(
-            text["vocabulary_"],
-            re.compile(text["token_pattern"]),
-            vars(text["_tfidf"])["idf_"],
-            np.stack([svm["coef_"][0] for svm, _ in members]),
-            np.array([svm["intercept_"][0] for svm, _ in members]),
-            np.array([platt["a_"] for _, platt in members]),
-            np.array([platt["b_"] for _, platt in members]),
-        )
+            text["vocabulary_"], re.compile(text["token_pattern"]), vars(text["_tfidf"])["idf_"],
+            np.stack(weights), np.array(biases), np.array(slopes), np.array(offsets),
+        )  # fmt: skip
     except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise BadRequest.of(model.name, f"not read: {error}", "calibrated linear SVMs over TF-IDF") from None
+        allowed = "calibrated linear SVMs over TF-IDF"
+        raise BadRequest.of(model.name, f"not read: {error}", allowed) from None
     if linear.weights.shape[1] != len(linear.idf) or len(linear.numbers) != len(linear.idf):
         raise BadRequest.of(model.name, "not as many words as the vectorizer", "the published pair")
     return linear
 
 
-def _attributes(path: Path, record: object) -> dict[str, Any]:
+def _attributes(path: Path, record: object, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``record`` holds, refusing one that differs from ``expected`` in these attributes."""
     if not isinstance(record, Record):
         raise BadRequest.of(path.name, f"holds a {type(record).__name__}", "the object as published")
-    return vars(record)
-
-
-def _same(path: Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    wrong = {key: state.get(key) for key, value in expected.items() if key not in state or state[key] != value}
-    if wrong:
-        allowed = ", ".join(f"{key}={expected[key]!r}" for key in wrong)
-        raise BadRequest.of(path.name, ", ".join(f"{key}={value!r}" for key, value in wrong.items()), allowed)
+    state = vars(record)
+    given, allowed = [], []
+    for key, value in expected.items():
+        if key not in state or state[key] != value:
+            given.append(f"{key}={state.get(key)!r}")
+            allowed.append(f"{key}={value!r}")
+    if given:
+        raise BadRequest.of(path.name, ", ".join(given), ", ".join(allowed))
+    return state

@@ -1,60 +1,53 @@
 """The ``detoxify`` package with a checkpoint from the user's own disk.
 
-``detoxify`` unpickles its checkpoint with no restriction and looks its config up on the Hub. So the file is
-first read by ``torch.load(weights_only=True)``, which runs nothing, and what ``detoxify`` gets is a copy
-written here that names a local folder.
+``detoxify`` unpickles its checkpoint with no restriction and looks its config up on the Hub. So the
+file is first read by ``torch.load(weights_only=True)``, which runs nothing, and what ``detoxify`` gets
+is a copy written here that names a local folder.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.manifest import file_sha256
-from eval.scorers.classifiers import worst
+from eval.scorers.classifiers import Array, worst
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from detoxify import Detoxify
 
 KEY = "scorer.toxicity.checkpoint"
 NAMES = ("toxicity", "severe_toxicity", "obscene", "threat", "insult", "identity_attack")
 """What ``detoxify`` calls the six labels, in the order of ``classifiers.LABELS``."""
 
 
-class Toxic(Protocol):
-    """What is used of a ``detoxify.Detoxify``."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    class_names: Sequence[str]
-
-
-def read_detoxify(checkpoint: Path, sha256: str, folder: Path) -> Toxic:
+@lru_cache(maxsize=1)
+def read_detoxify(checkpoint: Path, sha256: str, folder: Path) -> Detoxify:
     """Return a ``Detoxify`` from ``checkpoint``, with the config and tokenizer of the local ``folder``.
 
-    Raises ``BadRequest`` if a path is missing, the sha256 differs, the file holds more than tensors and plain
-    containers, names classes that are no sequence classifier, lacks one of the six labels, or does not hold
-    every weight of the model.
+    Raises ``BadRequest`` if a path is missing, the sha256 differs, the file holds more than tensors and
+    plain containers, names classes that are no sequence classifier, lacks one of the six labels, or
+    does not hold every weight of the model.
     """
     _check_paths(checkpoint, sha256, folder)
     loaded = _tensors(checkpoint)
     architecture = _architecture(loaded)
-    _check_classes(architecture)
     architecture["model_type"] = str(folder)
     from detoxify import Detoxify
 
     with tempfile.TemporaryDirectory() as scratch:
         ours = Path(scratch) / "checkpoint.pt"
         torch.save(loaded, ours)
-        model: Toxic = Detoxify(checkpoint=str(ours), device="cpu")
-    _check_labels(model.class_names)
+        model = Detoxify(checkpoint=str(ours), device="cpu")
+    missing = [name for name in NAMES if name not in model.class_names]
+    if missing:
+        raise BadRequest.of(KEY, f"it has no label {', '.join(missing)}", f"labels {', '.join(NAMES)}")
     _check_weights(model.model.state_dict(), loaded["state_dict"])
     model.model.eval()
     return model
@@ -94,48 +87,38 @@ def _architecture(loaded: Mapping[str, Any]) -> dict[str, Any]:
     if set(architecture) != wanted or architecture["num_classes"] != len(classes):
         allowed = f"exactly {', '.join(sorted(wanted))}, with num_classes = the number of classes"
         raise BadRequest.of(KEY, f"config.arch.args has {', '.join(map(str, architecture))}", allowed)
-    return architecture
-
-
-def _check_classes(architecture: Mapping[str, Any]) -> None:
     endings = {"model_name": "ForSequenceClassification", "tokenizer_name": "Tokenizer"}
     for key, ending in endings.items():
         if not str(architecture[key]).removesuffix("Fast").endswith(ending):
             allowed = f"a class of transformers whose name ends in {ending}"
             raise BadRequest.of(KEY, f"{key} = {architecture[key]!r}", allowed)
-
-
-def _check_labels(names: Sequence[str]) -> None:
-    missing = [name for name in NAMES if name not in names]
-    if missing:
-        raise BadRequest.of(KEY, f"it has no label {', '.join(missing)}", f"labels {', '.join(NAMES)}")
+    return architecture
 
 
 def _check_weights(held: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
     """Refuse a model of which a part was initialised at random because the file did not hold it."""
-    absent = [key for key, value in held.items() if key not in given or not torch.equal(value, given[key])]
+    absent = [key for key in held if key not in given or not torch.equal(held[key], given[key])]
     if absent:
-        raise BadRequest.of(KEY, f"it does not hold {absent[0]} ({len(absent)} in all)", "all of the model")
+        lacking = f"it does not hold {absent[0]} ({len(absent)} in all)"
+        raise BadRequest.of(KEY, lacking, "all of the model")
 
 
 @torch.inference_mode()
-def detoxify_labels(model: Toxic, texts: Sequence[str], batch_size: int) -> NDArray[np.float64]:
-    """Return the six probabilities of each text, float64 (n, 6), each the maximum over the text's windows.
+def detoxify_labels(model: Detoxify, texts: Sequence[str], batch_size: int) -> Array:
+    """Return the six probabilities of each text, float64 (n, 6), each the maximum over its windows.
 
     Windows are of the encoder's own length in tokens and overlap by half; a text that fits gets what
     ``Detoxify.predict`` returns.
     """
-    tokenizer, columns = model.tokenizer, [list(model.class_names).index(name) for name in NAMES]
-    # RoBERTa counts positions from 2, so that two are out of reach there; elsewhere that costs two tokens.
+    tokenizer, columns = model.tokenizer, list(map(list(model.class_names).index, NAMES))
+    # RoBERTa counts positions from 2, so that two are out of reach; elsewhere that costs two tokens.
     length = min(tokenizer.model_max_length, model.model.config.max_position_embeddings - 2)
-    cut = tokenizer(
-        list(texts), truncation=True, max_length=length, stride=length // 2, return_overflowing_tokens=True
-    )
+    overlap: dict[str, Any] = {"stride": length // 2, "return_overflowing_tokens": True}
+    cut = tokenizer(list(texts), truncation=True, max_length=length, **overlap)
     owners = cut.pop("overflow_to_sample_mapping")
     parts = []
     for at in range(0, len(owners), batch_size):
-        batch = tokenizer.pad(
-            {key: rows[at : at + batch_size] for key, rows in cut.items()}, return_tensors="pt"
-        )
+        part = {key: rows[at : at + batch_size] for key, rows in cut.items()}
+        batch = tokenizer.pad(part, return_tensors="pt")
         parts.append(torch.sigmoid(model.model(**batch).logits[:, columns]))
     return worst(len(texts), owners, parts)

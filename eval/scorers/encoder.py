@@ -1,17 +1,19 @@
-"""Sentence embeddings by a small encoder (MiniLM), read from a local folder and never from the network."""
+"""Sentence embeddings by a small encoder (MiniLM), read from a local folder, never from the network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_TOKENS = 256
-"""The encoder's own limit (its ``sentence_bert_config.json``): what follows is not looked at."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENS = 256  # the encoder's own limit (its ``sentence_bert_config.json``): the rest is cut off
 
 
 class Encoder(NamedTuple):
@@ -21,15 +23,19 @@ class Encoder(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+@lru_cache(maxsize=1)
 def read_encoder(folder: Path) -> Encoder:
-    """Load the encoder in ``folder`` (config, safetensors, tokenizer) in float32 from the disk alone."""
+    """Load the encoder in ``folder`` (config, safetensors, tokenizer) in float32, from disk alone."""
+    from transformers import AutoModel, AutoTokenizer
+
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     return Encoder(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of ``states`` (n, t, d) where ``mask`` (n, t) is 1, scaled to unit length: (n, d)."""
-    total = (states * mask.to(states.dtype).unsqueeze(-1)).sum(1)  # the scaling takes the number of tokens out
+    """Return the mean of ``states`` (n, t, d) where ``mask`` (n, t) is 1, as unit vectors (n, d)."""
+    total = (states * mask.to(states.dtype).unsqueeze(-1)).sum(1)
+    # Scaling to unit length makes the division by the number of tokens needless.
     return torch.nn.functional.normalize(total, dim=-1)
 
 
@@ -37,20 +43,15 @@ def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
 def embed(encoder: Encoder, texts: Sequence[str], batch_size: int = 32) -> Tensor:
     """Return one unit row per text, float32 (n, d); texts of like length share a batch."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows: list[Tensor] = [torch.empty(0)] * len(texts)
+    found = torch.empty(len(texts), encoder.model.config.hidden_size)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
+        words = list(map(texts.__getitem__, part))
         batch = encoder.tokenizer(
-            [texts[i] for i in part],
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
+            words, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        pooled = mean_pooled(encoder.model(**batch).last_hidden_state, batch["attention_mask"])
-        for i, row in zip(part, pooled, strict=True):
-            rows[i] = row
-    return torch.stack(rows) if rows else torch.empty(0, encoder.model.config.hidden_size)
+        found[part] = mean_pooled(encoder.model(**batch).last_hidden_state, batch["attention_mask"])
+    return found
 
 
 def cosines(encoder: Encoder, left: Sequence[str], right: Sequence[str], batch_size: int = 32) -> Tensor:

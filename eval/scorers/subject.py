@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignmerge.engine.context import Context
 from alignmerge.engine.examples import read_jsonl, render, write_jsonl
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.manifest import file_sha256, versions
+from alignmerge.engine.keys import computed_here, declared_recipe
+from alignmerge.engine.manifest import file_sha256
 from alignmerge.engine.merger import MergeContext
 from alignmerge.engine.store import Artifact
 from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer
@@ -19,12 +22,14 @@ from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from alignmerge.engine.checkpoint import Checkpoint
     from alignmerge.engine.merger import Models
     from alignmerge.zoo.zoo import Zoo
 
 REPLY_TOKENS = 32
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 COLUMNS = ("id", "column", "value", "prompt", "detail", "direction")
+GENERIC = ("dtype", "batch_size", "max_length", "date")
+"""Settings of a family that every number of its models depends on."""
 
 
 @dataclass
@@ -33,16 +38,15 @@ class StoreSubject:
 
     zoo: Zoo
     folder: Path
-    digest: str
+    identity: Mapping[str, str]
+    """Digests of weights, config.json, generation config and tokenizer files: those that the folder has, or, where
+    its merge was dropped, will have when it is made again."""
     split: str
     models: Models | None = None
     """The family's models, for scorers that measure distances; not needed by the others."""
     seed: int = 0
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Every merge carries the base's tokenizer, so its key can be known when its weights are dropped."""
-        return self.models.base.folder if self.models is not None else self.folder
+    _at_work: list[Scorer] = field(default_factory=list)
+    """The scorer whose inputs ``context`` hands out, last."""
 
     def loaded(self) -> LoadedModel:
         """Return the model, loading it on first use."""
@@ -67,42 +71,32 @@ class StoreSubject:
         Raises:
             BadRequest: if the split has no such set.
         """
-        path = self.zoo.prompts.path / self.split / f"{name}.jsonl"
-        if not path.is_file():
-            have = sorted(p.stem for p in path.parent.glob("*.jsonl"))
-            raise BadRequest.of(f"prompt set '{name}'", f"not in the {self.split} split", ", ".join(have))
-        records = read_jsonl(path, name, ("id", "text"))
-        return [
-            Prompt(r["id"], r["text"], {k: v for k, v in r.items() if k not in ("id", "text")}) for r in records
-        ]
+        prompts = []
+        for record in read_jsonl(self._prompt_file(name), name, ("id", "text")):
+            facts = {key: value for key, value in record.items() if key not in ("id", "text")}
+            prompts.append(Prompt(record["id"], record["text"], facts))
+        return prompts
 
     def rendered(self, name: str) -> Sequence[str]:
         """Return each prompt of the set through the chat template."""
-        return [render(self._tokenizer, prompt.text) for prompt in self.prompts(name)]
+        date = self.zoo.family.date
+        return [render(self._tokenizer, prompt.text, date) for prompt in self.prompts(name)]
 
     def replies(self, name: str) -> Sequence[str]:
         """Return the greedy reply to each prompt, generated once per model and stored."""
-        recipe = {
-            "weights": self.digest,
-            "split": self.split,
-            "set": name,
-            "tokens": REPLY_TOKENS,
-            **self.setting(),
-        }
+        recipe = {"prompts": file_sha256(self._prompt_file(name)), "tokens": REPLY_TOKENS, **self.setting()}
         artifact = self.zoo.store.obtain("replies", recipe, lambda folder: self._generate(name, folder))
-        return [
-            record["reply"] for record in read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))
-        ]
+        records = read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))
+        return [record["reply"] for record in records]
 
     def asset(self, reference: str) -> Path:
         """Return the local path of a package reference."""
         return self.zoo.asset(reference)
 
     def context(self) -> MergeContext:
-        """Return the family's models and statistics, for geometry."""
-        from alignmerge.zoo.workshop import Workshop
-
-        return Workshop(self.zoo, self.family_models(), self.seed)
+        """Return the family's models and statistics, for the inputs that the scorer at work declares."""
+        scorer = self._at_work[-1]
+        return Context(self.zoo, self.family_models(), scorer.name, scorer.inputs, self.seed)
 
     def family_models(self) -> Models:
         """Return the family's models, opening them on first use."""
@@ -111,16 +105,25 @@ class StoreSubject:
         return self.models
 
     def setting(self) -> Mapping[str, Any]:
-        """Return what numbers depend on beside weights and scorer."""
-        return self._setting
-
-    @cached_property
-    def _setting(self) -> Mapping[str, Any]:
+        """Return what every number depends on beside the prompts and the scorer."""
         family = self.zoo.family
-        keys = ("dtype", "batch_size", "threads", "max_length")
-        tokenizer = [file_sha256(p) for n in TOKENIZER_FILES if (p := self.tokenizer_folder / n).is_file()]
-        setting = {"corpus": self.zoo.prompts.key, "versions": versions(), "tokenizer": tokenizer}
-        return setting | {key: getattr(family, key) for key in keys}
+        chosen = {key: getattr(family, key) for key in GENERIC}
+        return {"model": dict(self.identity), **chosen, **computed_here(family)}
+
+    def samples(self, scorer: Scorer) -> list[Sample]:
+        """Let a scorer look at this model, with what it declares and nothing else."""
+        self._at_work.append(scorer)
+        try:
+            return list(scorer.score(self))
+        finally:
+            self._at_work.pop()
+
+    def _prompt_file(self, name: str) -> Path:
+        path = self.zoo.prompts.path / self.split / f"{name}.jsonl"
+        if not path.is_file():
+            have = sorted(p.stem for p in path.parent.glob("*.jsonl"))
+            raise BadRequest.of(f"prompt set '{name}'", f"not in the {self.split} split", ", ".join(have))
+        return path
 
     def _generate(self, name: str, folder: Path) -> dict[str, Any]:
         from alignmerge.engine.language import greedy
@@ -130,30 +133,41 @@ class StoreSubject:
             loaded.model, loaded.tokenizer, self.rendered(name),
             max_new_tokens=REPLY_TOKENS, batch_size=loaded.batch_size,
         )  # fmt: skip
-        pairs = zip(self.prompts(name), replies, strict=True)
-        write_jsonl(folder / "replies.jsonl", [{"id": p.id, "reply": r, "cut": cut} for p, (r, cut) in pairs])
+        records = []
+        for prompt, (reply, cut) in zip(self.prompts(name), replies, strict=True):
+            records.append({"id": prompt.id, "reply": reply, "cut": cut})
+        write_jsonl(folder / "replies.jsonl", records)
         return {"digest": file_sha256(folder / "replies.jsonl")}
+
+
+def identity_of(model: Checkpoint) -> dict[str, str]:
+    """Return what stands for a folder in the keys of scores: weights, configs, tokenizer files."""
+    return {**model.identity, **model.companions}
+
+
+def score_recipe(scorer: Scorer, subject: StoreSubject) -> dict[str, Any]:
+    """Return what the samples of one scorer for one model are a function of."""
+    recipe: dict[str, Any] = {"scorer": scorer.name, "version": scorer.version, "fields": asdict(scorer)}
+    recipe |= {"split": subject.split, "corpus": subject.zoo.prompts.digest, **subject.setting()}
+    recipe["packages"] = {name: metadata.version(name) for name in scorer.packages}
+    if scorer.relative:
+        models = subject.family_models()
+        pool = [[alias, one.identity] for alias, one in zip(models.aliases, models.pool, strict=True)]
+        recipe["models"] = {"base": models.base.identity, "pool": pool}
+        recipe |= declared_recipe(scorer.inputs, subject.zoo, models, subject.seed)
+    return recipe
 
 
 def score(scorer: Scorer, subject: StoreSubject) -> Artifact:
     """Return the samples of one scorer for one model as an artifact (``samples.parquet``), made once."""
-    recipe: dict[str, Any] = {
-        "scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
-        "version": scorer.version,
-    }
-    recipe |= {"fields": asdict(scorer), "weights": subject.digest, "split": subject.split, **subject.setting()}
-    if scorer.relative:
-        models = subject.family_models()
-        recipe["models"] = {"base": models.base.digest}
-        recipe["models"] |= {alias: m.digest for alias, m in zip(models.aliases, models.pool, strict=True)}
-        recipe["data"] = subject.zoo.examples_digest()
 
     def make(folder: Path) -> dict[str, Any]:
-        frame = _frame(list(scorer.score(subject)), scorer)
+        frame = _frame(subject.samples(scorer), scorer)
         frame.to_parquet(folder / "samples.parquet")
-        return {"digest": file_sha256(folder / "samples.parquet"), "samples": len(frame)}
+        digest = file_sha256(folder / "samples.parquet")
+        return {"digest": digest, "samples": len(frame), "family": subject.zoo.family.name}
 
-    return subject.zoo.store.obtain("scores", recipe, make)
+    return subject.zoo.store.obtain("scores", score_recipe(scorer, subject), make)
 
 
 def read_scores(artifact: Artifact) -> pd.DataFrame:
@@ -166,25 +180,16 @@ def read_scores(artifact: Artifact) -> pd.DataFrame:
 def _frame(samples: Sequence[Sample], scorer: Scorer) -> pd.DataFrame:
     import pandas as pd
 
-    rows = [
-        (
-            s.id,
-            s.column,
-            float(s.value),
-            s.prompt,
-            json.dumps(_jsonable(s.detail), sort_keys=True),
-            _direction(scorer, s),
-        )
-        for s in samples
-    ]
+    rows = []
+    for one in samples:
+        if one.column not in scorer.columns:
+            raise ValueError(f"{scorer.name} gave a column that it does not declare: {one.column}")
+        direction = scorer.columns[one.column].direction
+        detail = json.dumps(_jsonable(one.detail), sort_keys=True)
+        rows.append((one.id, one.column, float(one.value), one.prompt, detail, direction))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _direction(scorer: Scorer, sample: Sample) -> str:
-    if sample.column not in scorer.columns:
-        raise ValueError(f"{type(scorer).__name__} gave a column that it does not declare: {sample.column}")
-    return scorer.columns[sample.column]
-
-
 def _jsonable(detail: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in detail.items()}
+    rounded = {key: round(value, 6) for key, value in detail.items() if isinstance(value, float)}
+    return {**detail, **rounded}

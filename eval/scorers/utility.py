@@ -12,7 +12,6 @@ with N the batch size that the task has here (``batch_sizes``, otherwise the fam
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -24,21 +23,21 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from alignmerge.engine.faults import BadRequest, Fault
-from eval.columns import Direction
-from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer, Subject
+from eval.columns import Column
+from eval.scorers.answers import digest
+from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer, Subject, whole
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
-"""What lm-eval logs for one question: the document, the request, the reply and its marks."""
+Row = Mapping[str, Any]  # what lm-eval logs for one question: document, request, reply and marks
 
 _TEMPLATES = Path(__file__).with_name("tasks")
 
 
 class Task(NamedTuple):
-    """Which column a task fills, from which of lm-eval's metrics, and which facts its documents need."""
+    """Which column a task fills, from which metric of lm-eval, and which facts its documents need."""
 
     column: str
     metric: str
@@ -54,42 +53,40 @@ TASKS: Mapping[str, Task] = {
     "helpful": Task("helpfulness", "acc", ("check", "args")),
 }
 """By the name of the prompt set; lm-eval knows the task as ``alignmerge_<name>``."""
-USUAL = ("format", "arithmetic", "gsm8k", "mmlu")
-"""What a corpus of real prompts has; the tiny world has ``factual`` and ``helpful`` in place of the last two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utility(Scorer):
     """Instruction following, sums, GSM8K and MMLU, or facts: one value, 0 or 1, for each question.
 
-    Every prompt goes through the chat template, decoding is greedy, there are no worked examples (zero-shot).
+    Every prompt goes through the chat template, decoding is greedy, no examples are given (zero-shot).
     """
 
-    columns: ClassVar[Mapping[str, Direction]] = {task.column: "up" for task in TASKS.values()}
-    tasks: Sequence[str] = USUAL
+    columns: ClassVar[Mapping[str, Column]] = {
+        "instruction_following": Column("instruction following", "Utility", "up", main=4, rank=1),
+        "reasoning": Column("reasoning", "Utility", "up", main=3, rank=2),
+        "helpfulness": Column("helpfulness", "Utility", "up", main=5, rank=3),
+        "gsm8k": Column("GSM8K", "Utility", "up", rank=5),
+        "mmlu": Column("MMLU", "Utility", "up", rank=6),
+        "factual": Column("factual recall", "Utility", "up", rank=7),
+    }
+    name: ClassVar[str] = "utility"
+    tasks: Sequence[str] = ("format", "arithmetic", "gsm8k", "mmlu")
+    """What real prompts have; the tiny world has ``factual`` and ``helpful`` for the last two."""
     batch_sizes: Mapping[str, int] = field(default_factory=lambda: {"gsm8k": 32, "mmlu": 8})
-    """Questions at once, by task, where the family's batch size does not suit (long prompts, many choices)."""
-    limit: int | None = None
-    """Only the first so many questions of each task."""
-    max_length: int = 1024
-    """Most tokens of prompt and reply together."""
+    """Questions at once, by task, where the family's batch size does not suit (long prompts)."""
+    limit: int | None = None  # only the first so many questions of each task
+    max_length: int = 1024  # most tokens of prompt and reply together
 
     def __post_init__(self) -> None:
         """Raise ``BadRequest`` with every field that is out of range."""
         faults = list(_task_faults(self.tasks))
-        if self.limit is not None and not _whole(self.limit, 1):
-            allowed = "null or a whole number of at least 1"
-            faults.append(Fault("scorer.utility.limit", repr(self.limit), allowed))
-        if not _whole(self.max_length, 128):
-            allowed = "a whole number of at least 128"
-            faults.append(Fault("scorer.utility.max_length", repr(self.max_length), allowed))
+        faults += whole("scorer.utility.limit", self.limit, 1, null=True)
+        faults += whole("scorer.utility.max_length", self.max_length, 128)
         for name, size in self.batch_sizes.items():
             if name not in TASKS:
                 faults.append(Fault("scorer.utility.batch_sizes", repr(name), ", ".join(TASKS)))
-            if not _whole(size, 1):
-                faults.append(
-                    Fault(f"scorer.utility.batch_sizes.{name}", repr(size), "a whole number of at least 1")
-                )
+            faults += whole(f"scorer.utility.batch_sizes.{name}", size, 1)
         if faults:
             raise BadRequest(faults)
 
@@ -116,83 +113,72 @@ class Utility(Scorer):
         return found
 
     def _refuse_truncated(self, tokenizer: PreTrainedTokenizerBase, name: str, row: Row) -> None:
-        """Raise where lm-eval cut the prompt from the left, which it does with no more than a warning."""
+        """Raise where lm-eval cut the prompt from the left, which it does with a mere warning."""
         prompt, wanted = row["arguments"][0]
-        reply = wanted["max_gen_toks"] if isinstance(wanted, dict) else 1
         tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        if tokens + reply > self.max_length:
-            raise BadRequest.of(
-                "scorer.utility.max_length",
-                f"{self.max_length}, and a prompt of {name} with its reply has {tokens + reply} tokens",
-                f"at least {tokens + reply}",
-            )
+        tokens += wanted["max_gen_toks"] if isinstance(wanted, dict) else 1
+        if tokens > self.max_length:
+            given = f"{self.max_length}, and a prompt of {name} with its reply has {tokens} tokens"
+            raise BadRequest.of("scorer.utility.max_length", given, f"at least {tokens}")
 
 
 def write_tasks(folder: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
     """Fill ``folder`` with lm-eval's task files and the data of these prompt sets.
 
-    Nothing in it is tied to its place: the tasks find their data beside them, so the folder can be moved.
+    Nothing in it is tied to its place: the tasks find their data beside them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_TEMPLATES / "checks.py", folder / "checks.py")
     for name, asked in prompts.items():
         shutil.copyfile(_TEMPLATES / f"{name}.yaml", folder / f"{name}.yaml")
-        rows = (json.dumps(_document(prompt, TASKS[name].facts), ensure_ascii=False) for prompt in asked)
-        (folder / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for prompt in asked:
+                print(_document(prompt, TASKS[name].facts), file=file)
 
 
 def language_model(loaded: LoadedModel, max_length: int) -> LM:
-    """Return lm-eval's wrapper of a model in memory; raises ``RuntimeError`` if it has another batch size."""
+    """Return lm-eval's wrapper of a model in memory; ``RuntimeError`` if it has another batch size."""
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(
-        pretrained=loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=loaded.batch_size,
-        max_length=max_length,
-    )
-    if lm.batch_size != loaded.batch_size:
-        raise RuntimeError(f"lm-eval batches by {lm.batch_size}, the record says {loaded.batch_size}")
+    model, tokenizer, size = loaded
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=max_length)
+    if lm.batch_size != size:
+        raise RuntimeError(f"lm-eval batches by {lm.batch_size}, the record says {size}")
     return lm
 
 
 def run_tasks(lm: LM, folder: Path, names: Sequence[str], limit: int | None) -> dict[str, list[Row]]:
     """Run tasks of ``folder`` on ``lm`` and return, by task name, lm-eval's record of each question.
 
-    ``evaluate`` is the part of ``simple_evaluate`` that measures; the rest seeds the global random state and
-    calls git.
+    ``evaluate`` is the part of ``simple_evaluate`` that measures; the rest seeds the global random
+    state and calls git.
     """
     from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = evaluate(
-        lm,
-        manager.load([f"alignmerge_{name}" for name in names]),
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
-    )
+    tasks = manager.load([f"alignmerge_{name}" for name in names])
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    found = evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True, **chat)
     return {name: found["samples"][f"alignmerge_{name}"] for name in names}
 
 
 def samples(answered: Mapping[str, Sequence[Row]]) -> list[Sample]:
     """Return the sample of each question out of lm-eval's records, by task name."""
-    return [_sample(TASKS[name], row) for name, rows in answered.items() for row in rows]
+    found = []
+    for name, rows in answered.items():
+        column, metric, _ = TASKS[name]
+        for row in rows:
+            seen = digest(row["arguments"][0][0])
+            found.append(Sample(row["doc"]["id"], column, float(row[metric]), seen))
+    return found
 
 
-def _document(prompt: Prompt, facts: Sequence[str]) -> dict[str, object]:
+def _document(prompt: Prompt, facts: Sequence[str]) -> str:
     kept = {fact: prompt.facts[fact] for fact in facts}
     if "args" in kept:  # a table cannot hold arguments that differ from row to row, text can
         kept["args"] = json.dumps(kept["args"], ensure_ascii=False)
-    return {"id": prompt.id, "text": prompt.text, **kept}
-
-
-def _sample(task: Task, row: Row) -> Sample:
-    seen = hashlib.sha256(row["arguments"][0][0].encode()).hexdigest()[:16]
-    return Sample(row["doc"]["id"], task.column, float(row[task.metric]), seen)
+    return json.dumps({"id": prompt.id, "text": prompt.text, **kept}, ensure_ascii=False)
 
 
 def _task_faults(tasks: object) -> Iterator[Fault]:
@@ -204,10 +190,6 @@ def _task_faults(tasks: object) -> Iterator[Fault]:
     for place, name in enumerate(tasks):
         if name not in known or name in list(tasks)[:place]:
             yield Fault(where, repr(name), allowed)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @contextlib.contextmanager

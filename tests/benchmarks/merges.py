@@ -24,12 +24,13 @@ import yaml
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint, Writer
+from alignmerge.engine.context import Context
 from alignmerge.engine.examples import Example
 from alignmerge.engine.language import threads
-from alignmerge.engine.merger import Merger, Models, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Merger, Models
 from alignmerge.engine.store import Store
 from alignmerge.method import AlignMerge
-from alignmerge.zoo.workshop import Workshop
 from baselines.average import Average
 from tests.benchmarks.workloads import SIZES, Size, memory, random_examples, reset_peak
 
@@ -42,17 +43,17 @@ def random_models(folder: Path, size: Size) -> Models:
     return Models(base, anchor, {"first": first, "second": second})
 
 
-def random_workshop(folder: Path, size: Size, models: Models) -> Workshop:
-    """A workshop over random examples and a store of its own."""
+def random_source(folder: Path, size: Size) -> Any:
+    """Random examples and a store of its own."""
     sets = {"alignment": random_examples(size, 0), "metric": random_examples(size, 1)}
 
     def examples(name: str) -> Sequence[Example]:
         return sets[name]
 
-    zoo: Any = SimpleNamespace(
-        store=Store(folder / "store"), examples=examples, examples_digest=lambda: "random"
-    )
-    return Workshop(zoo, models, 0)
+    return SimpleNamespace(
+        store=Store(folder / "store"), examples=examples, examples_digest=lambda name: f"random {name}",
+        family=SimpleNamespace(threads=1),
+    )  # fmt: skip
 
 
 def points(folder: Path, size: Size, fields: Mapping[str, Any], count: int, cores: int) -> Iterator[Facts]:
@@ -61,24 +62,25 @@ def points(folder: Path, size: Size, fields: Mapping[str, Any], count: int, core
     Last comes the plain average: what reading, writing and rounding cost without any method.
     """
     models = random_models(folder, size)
-    workshop = random_workshop(folder, size, models)
+    source = random_source(folder, size)
     for checkpoint in [models.base, *models.pool]:
         assert checkpoint.digest  # part of the keys, which are no part of a merge
     for number in range(count):
         merger = AlignMerge(**{"lambda_align": 1.0 + number, **fields})
         with threads(cores):
-            yield {"lambda_align": merger.lambda_align, **_merged(merger, workshop, folder / "merged")}
+            yield {"lambda_align": merger.lambda_align, **_merged(merger, source, models, folder / "merged")}
     with threads(cores):
-        yield {"average": True, **_merged(Average(), workshop, folder / "merged")}
+        yield {"average": True, **_merged(Average(), source, models, folder / "merged")}
 
 
-def _merged(merger: Merger, workshop: Workshop, target: Path) -> Facts:
+def _merged(merger: Merger, source: Any, models: Models, target: Path) -> Facts:
     facts: Facts = {}
+    ctx = Context(source, models, merger.name, merger.inputs, 0)
     target.mkdir()
     with _measured(facts, "fit"):
-        rule = merger.fit(workshop)
+        rule = merger.fit(ctx)
     with _measured(facts, "merge"):
-        merge(rule, workshop.models, target, elementwise=merger.elementwise)
+        merge(rule, models, target, elementwise=merger.elementwise)
     shutil.rmtree(target)
     return facts
 

@@ -12,7 +12,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from alignmerge.engine.checkpoint import Checkpoint, save_tensors
-from alignmerge.engine.merger import Merger, Models, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Merger, Models
 from baselines.average import Average
 from baselines.task_arithmetic import TaskArithmetic
 

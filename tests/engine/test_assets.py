@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignmerge.engine import assets as module
-from alignmerge.engine.assets import Assets, copy_tokenizer, parse_package
+from alignmerge.engine.assets import Assets, parse_package
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.store import Store
 
@@ -203,16 +203,3 @@ def test_parse_package() -> None:
     file = parse_package("pypi:a.b-c_d==1.0.post1+cpu/x/y z.txt", WHERE)
     assert file == ("a.b-c_d", "1.0.post1+cpu", "x/y z.txt")
     assert file.pin == "a.b-c_d==1.0.post1+cpu"
-
-
-def test_copy_tokenizer_copies_bytes_and_only_the_tokenizer(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors"):
-        (source / name).write_bytes(f"{name}\r\n".encode())
-    copy_tokenizer(source, target)
-    assert {f.name: f.read_bytes() for f in target.iterdir()} == {
-        "tokenizer.json": b"tokenizer.json\r\n",
-        "chat_template.jinja": b"chat_template.jinja\r\n",
-    }

@@ -29,7 +29,8 @@ from alignmerge.engine.checkpoint import (
     save_tensors,
 )
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import Models, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Models
 from alignmerge.engine.store import Store
 
 WHERE = "family.experts.math"

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -14,11 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignmerge.engine.configuration import build, nearest
+from alignmerge.engine.configuration import GROUP, build, choices, nearest
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Merger
 from baselines.average import Average
 from baselines.ties import Ties
+from eval.scorers.aqi import AQI
+from eval.scorers.interface import Scorer
+from eval.scorers.judge import Judge
 
 HERE = "alignmerge.probe"
 TIES = {"_target_": "baselines.ties.Ties"}
@@ -45,9 +49,13 @@ Tree = ours(
     ("table", Mapping[str, float], None),
     ("leaf", Leaf, None),
     ("leaves", Mapping[str, Leaf], None),  # type: ignore[valid-type]
+    ("row", Sequence[Leaf], ()),  # type: ignore[valid-type]
+    ("perhaps", Leaf | None, None),
+    ("method", Merger | None, None),
     ("anything", Any, None),
     ("loose", Mapping[str, Any], None),
 )
+Forest = ours("Forest", ("scorers", Mapping[str, Scorer], field(metadata={GROUP: "scorer"})))
 TYPES: dict[str, Any] = {
     "count": int, "weight": float, "on": bool, "text": str, "limit": int | None, "ratio": float | None,
 }  # fmt: skip
@@ -67,6 +75,7 @@ def probe() -> Any:
     for name, thing in {
         "Leaf": Leaf,
         "Tree": Tree,
+        "Forest": Forest,
         "Foreign": Foreign,
         "instance": Foreign(),
         "os": os,
@@ -141,12 +150,51 @@ def test_nested_nodes_are_built_and_checked_against_the_annotation() -> None:
     assert lines(node("Tree", leaf=TIES)) == [
         f"key.leaf._target_: baselines.ties.Ties is not such a class; allowed: {HERE}.Leaf"
     ]
-    wheres = [line.split(":")[0] for line in lines(node("Tree", leaves={"a": TIES, "b": {"size": 1}}))]
-    assert wheres == ["key.leaves.a._target_", "key.leaves.b"]
+    wheres = [line.split(":")[0] for line in lines(node("Tree", leaves={"a": TIES, "b": {"rate": 1}}))]
+    assert wheres == ["key.leaves.a._target_", "key.leaves.b.size"]
     (line,) = lines(node("Tree", leaf={"_target_": "os.system"}))
     assert line.startswith("key.leaf._target_: os.system; ")
-    (line,) = lines(node("Tree", leaf={"size": 1}))
-    assert line.startswith("key.leaf: a mapping") and line.endswith("allowed: Leaf")
+
+
+def test_class_that_a_type_tells_needs_no_target() -> None:
+    assert build({"size": 2}, "key", Leaf) == Leaf(size=2)
+    nested = {"leaf": {"size": 1}, "leaves": {"a": {"size": 2}}, "row": [{"size": 3}], "perhaps": {"size": 4}}
+    tree: Any = build(nested, "key", Tree)
+    assert (tree.leaf, tree.leaves) == (Leaf(size=1), {"a": Leaf(size=2)})
+    assert (tree.row, tree.perhaps) == ((Leaf(size=3),), Leaf(size=4))
+    assert build({"perhaps": None}, "key", Tree).perhaps is None
+    assert lines({"leaf": {}, "row": [{"sise": 1, "size": 1}, 3]}, Tree) == [
+        "key.leaf.size: not given; allowed: int",
+        "key.row[0].sise: unknown key; allowed: size? rate, size",
+        "key.row[1]: 3 (int); allowed: Leaf",
+    ]
+    assert lines(3, Leaf) == ["key: 3 (int); allowed: a mapping"]
+    assert lines({"size": 1, "_target_": "baselines.ties.Ties"}, Leaf) == [
+        f"key._target_: baselines.ties.Ties is not such a class; allowed: {HERE}.Leaf"
+    ]
+
+
+def test_abstract_kinds_and_several_kinds_need_a_target() -> None:
+    allowed = "allowed: a dataclass of alignmerge, baselines, eval"
+    assert lines({"density": 0.2}, Merger) == [f"key._target_: None; {allowed}"]
+    assert lines({"density": 0.2}, Ties, Average) == [f"key._target_: None; {allowed}"]
+    assert lines(node("Tree", method={"density": 0.2})) == [f"key.method._target_: None; {allowed}"]
+    assert build(node("Tree", method=TIES), "key").method == Ties()
+    (line,) = lines({"_target_": "alignmerge.engine.merger.Merger"}, Merger)
+    assert "is not such a class" in line
+
+
+def test_objects_that_are_named_after_files_take_what_is_not_said_from_there() -> None:
+    forest: Any = build({"scorers": {"judge": {"batch_size": 3}, "aqi": {}}}, "key", Forest)
+    assert forest.scorers == {"judge": Judge(batch_size=3), "aqi": AQI()}
+    assert lines({"scorers": {"judg": {}, "aqi": {"layer": 1}, "utility": 3}}, Forest) == [
+        f"key.scorers.judg: no such choice; allowed: judge? {', '.join(choices(ROOT / 'conf' / 'scorer'))}",
+        "key.scorers.aqi.layer: unknown key; allowed: layers? layers, replicates",
+        "key.scorers.utility: 3 (int); allowed: Scorer",
+    ]
+    (line,) = lines({"scorers": {"aqi": TIES}}, Forest)
+    assert line.startswith("key.scorers.aqi._target_: baselines.ties.Ties is not such a class")
+    assert lines({"scorers": ["aqi"]}, Forest)[0].startswith("key.scorers: a list: ['aqi']; allowed: Mapping[")
 
 
 def test_all_faults_of_a_node_and_of_its_nodes_come_at_once() -> None:

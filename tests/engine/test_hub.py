@@ -20,12 +20,14 @@ from alignmerge.engine import hub
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.folder import tokenizer_digest
 from alignmerge.engine.language import load_model
 from alignmerge.engine.store import NotMade, Store
 
 WHERE = "family.base"
 NAME = "acme/tiny"
 REFERENCE = f"hub:{NAME}@main"
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 TOKEN = "hf_" + "s3cret" * 5
 
 
@@ -153,9 +155,15 @@ def assets(tmp_path: Path) -> Assets:
 def repository(model: Path, folder: Path) -> Path:
     """What a real repository holds beside what is wanted: pickles, code, a second copy in another format."""
     shutil.copytree(model, folder)
-    for name in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors", "original/params.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors", "original/params.json",
+        "original/model.safetensors", "model/extra.safetensors", "model_copies/a/model.safetensors",
+        "additional_chat_templates/run.py", "additional_chat_templates/a/b.jinja",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"never to be fetched")
+    for name in ("spiece.model", "vocab.txt", "chat_template.json", TEMPLATE):
+        (folder / name).write_bytes(b"part of the tokenizer")
     return folder
 
 
@@ -175,18 +183,21 @@ def refused(assets: Assets, reference: str = REFERENCE) -> str:
 def test_model_is_fetched_once_and_its_commit_locked(
     server: StandIn, assets: Assets, tiny_model: MakesModel, tmp_path: Path
 ) -> None:
-    sha = server.add(1, repository(tiny_model("qwen2"), tmp_path / "one"), "main")
+    hosted = repository(tiny_model("qwen2"), tmp_path / "one")
+    sha = server.add(1, hosted, "main")
     folder = assets.path(REFERENCE, WHERE)
     wanted = {p.name for p in tiny_model("qwen2").iterdir()}
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*")} == wanted
-    assert all((folder / name).read_bytes() == (tiny_model("qwen2") / name).read_bytes() for name in wanted)
-    assert not [path for path in server.paths("/resolve/") if path.rsplit("/", 1)[1] not in wanted]
+    wanted |= {"spiece.model", "vocab.txt", "chat_template.json", TEMPLATE}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == wanted
+    assert all((folder / name).read_bytes() == (hosted / name).read_bytes() for name in wanted)
+    assert not [path for path in server.paths("/resolve/") if path.split(f"{sha}/")[1] not in wanted]
     assert locked() == {f"{NAME}@main": sha}
     asked = len(server.asked)
     assert assets.path(REFERENCE, WHERE) == folder and len(server.asked) == asked  # not even asked again
     assert assets.identity(REFERENCE, WHERE) == {"hub": NAME, "commit": sha}
     opened = Checkpoint.open(folder, WHERE)
     assert opened.digest == Checkpoint.open(tiny_model("qwen2"), "x").digest
+    assert tokenizer_digest(folder) == tokenizer_digest(hosted) != tokenizer_digest(tiny_model("qwen2"))
     load_model(folder)
 
 

@@ -14,9 +14,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.compatibility import open_models
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.language import load_model, load_tokenizer
-from alignmerge.zoo import workshop
-from alignmerge.zoo.zoo import save_model
+from alignmerge.engine.language import load_model, load_tokenizer, save_model
 
 AUTO_MAP = {
     "AutoConfig": "configuration_phi3.Phi3Config",
@@ -44,7 +42,7 @@ def test_merge_and_trained_model_no_longer_point_to_code(phi: Path, tmp_path: Pa
     models = open_models({"base": phi, "anchor": phi, "experts.x": phi})
     merged, trained = tmp_path / "merged", tmp_path / "trained"
     merged.mkdir()
-    workshop._furnish(models, merged)
+    models.base.furnish(merged)
     save_model(load_model(phi), load_tokenizer(phi), trained)
     for folder in (merged, trained):
         config = json.loads((folder / "config.json").read_text())

@@ -19,20 +19,23 @@ from torch import Tensor
 
 import alignmerge.engine.views
 import alignmerge.fisher
-import alignmerge.method
+import alignmerge.kronecker
+import alignmerge.samples
 import baselines.gradient_step
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.compatibility import open_models
+from alignmerge.engine.context import Context as StoreContext
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.keys import merge_recipe
 from alignmerge.engine.language import load_model
-from alignmerge.engine.merger import Block, Merger, Models, average, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Block, Inputs, Merger, Models, average
 from alignmerge.engine.store import Store
-from alignmerge.engine.views import views_of
+from alignmerge.engine.views import VERSION, views_of
 from alignmerge.fisher import fisher
 from alignmerge.gradients import kronecker_factors, squares
 from alignmerge.method import AlignMerge
-from alignmerge.zoo.workshop import Workshop, recipe_of
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
 from baselines.gradient_step import GradientStep
@@ -185,8 +188,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (alignmerge.fisher, alignmerge.method, baselines.gradient_step):
+    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples, baselines.gradient_step):
         monkeypatch.setattr(module, "PRECISION", "float32")
+
+
+def fused(checkpoint: Checkpoint) -> bool:
+    return checkpoint.views.keys() != checkpoint.keys()
 
 
 def logits(folder: Path, examples: list[Example]) -> Tensor:
@@ -210,7 +217,7 @@ def test_the_four_are_one_function(family: Family) -> None:
     assert float((logits(family["llama"].models.base.folder, SETS["a"]) - wanted).abs().max()) > 0.1
     stored = [len(family[layout].models.base) for layout in LAYOUTS]
     assert stored == [21, 21, 27, 15]
-    assert [family[layout].models.base.fused for layout in LAYOUTS] == [False, False, False, True]
+    assert [fused(family[layout].models.base) for layout in LAYOUTS] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("method", WITHOUT_DATA, ids=repr)
@@ -259,7 +266,7 @@ def test_per_matrix_methods_would_give_something_else_without_views(
     monkeypatch.setattr(alignmerge.engine.views, "FUSED", {})
     roles = ("base", "anchor", "experts.a", "experts.b", "pretrained")
     models = open_models({role: family["phi3"].folder / role for role in roles})
-    assert not models.base.fused
+    assert not fused(models.base)
     together, _ = Layout("phi3", models, tmp_path, Store(tmp_path / "store")).merged(method, "together")
     assert distance(read_as_llama(together), read_as_llama(apart)) > 0.01
 
@@ -518,18 +525,15 @@ def test_a_scalar_under_a_fused_name_is_refused(family: Family, tmp_path: Path) 
 # --- keys -------------------------------------------------------------------------------------------------
 
 
-def test_only_fused_models_have_views_in_their_keys(family: Family, tmp_path: Path) -> None:
-    """So that nothing that was made of other models has to be made again."""
-    zoo: Any = SimpleNamespace(
-        store=Store(tmp_path), examples_digest=lambda: "digest", family=SimpleNamespace(threads=1)
-    )
+def test_the_version_of_the_views_is_in_the_keys(family: Family, tmp_path: Path) -> None:
+    zoo: Any = SimpleNamespace(store=Store(tmp_path), family=SimpleNamespace(threads=1, name="any"))
     for layout in LAYOUTS:
         models = family[layout].models
-        asked = {"views": 1} if layout == "phi3" else {}
-        recipe = recipe_of(Ties(variant="per_tensor"), zoo, models, 0)
-        artifact = Workshop(zoo, models, 0).cached("fisher", {"weights": layout}, lambda folder: None)
+        recipe = merge_recipe(Ties(variant="per_tensor"), zoo, models, 0)
+        ctx = StoreContext(zoo, models, "test", Inputs(), 0)
+        artifact = ctx.cached("fisher", {"weights": layout}, lambda folder: None)
         for found in (recipe, artifact.manifest["recipe"]):
-            assert {key: value for key, value in found.items() if key == "views"} == asked
+            assert found["views"] == VERSION
 
 
 # --- all five architectures -------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.configuration import choices
 from alignmerge.engine.manifest import ROOT
-from eval.grid.overrides import WORLD, with_corpus
+from eval.grid.overrides import with_corpus
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
@@ -194,7 +194,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
      ["method._target_: alignmerge.engine.store.shutil is not such a class; allowed: alignmerge.engine.merger.Merger"]),
     (["method._target_=eval.scorers.aqi.AQI", PLAN],
      ["method._target_: eval.scorers.aqi.AQI is not such a class; allowed: alignmerge.engine.merger.Merger"]),
-    (["family._target_=builtins.eval", "corpus._target_=torch.load", PLAN],
+    (["+family._target_=builtins.eval", "corpus._target_=torch.load", PLAN],
      [f"family._target_: builtins.eval; allowed: {TARGETS}", f"corpus._target_: torch.load; allowed: {TARGETS}"]),
     (["scorer.judge=3", PLAN], ["scorer.judge: 3 (int); allowed: a mapping with the key _target_"]),
     (["workers=0", "seed=abc"],
@@ -240,6 +240,10 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
      [f"family.threads: 0; allowed: {COUNT} 1", "corpus.seed: 'x' (str); allowed: int"]),
     (["experiment=smoke", PLAN, "grid.rows.ties.method=tiez", "+grid.rows.average.fixed.q=1", "grid.against=[nobody]"],
      ["grid.against: nobody; allowed: a row: …"]),
+    (["experiment=smoke", PLAN, "+grid.dev_scorers={judg: {}, aqi: {layer: 1}}", "+grid.rows.ties.mached=true"],
+     [f"grid.dev_scorers.judg: no such choice; allowed: judge? {SCORERS}",
+      "grid.dev_scorers.aqi.layer: unknown key; allowed: layers? layers, replicates",
+      "grid.rows.ties.mached: unknown key; allowed: matched? fixed, matched, method, settings, swept"]),
     (["experiment=smoke", PLAN, "grid.rows.ties.method=tiez", "+grid.rows.average.fixed={q: 1}"],
      ["grid.rows.average.q: unknown key; allowed: no key",
       f"grid.rows.ties.method: tiez; allowed: {', '.join(METHODS)}"]),
@@ -291,13 +295,15 @@ def test_a_family_brings_the_corpus_that_it_is_made_from(overrides: list[str], w
     assert config["corpus"]["_target_"] == world
     if world.endswith("World"):  # measured as the experiment measures it
         assert config["scorer"] == yaml.safe_load(call("--cfg", "job", "experiment=tiny").out)["scorer"]
+        own = yaml.safe_load(call("--cfg", "job", *overrides, "scorer.judge.relevance=0.5").out)
+        assert own["scorer"]["judge"]["relevance"] == 0.5 and own["grid"] is None
 
 
 def test_families_of_one_sweep_bring_their_corpus_if_it_is_one() -> None:
     both = ["-m", "family=tiny/llama3,tiny/gemma2", "method=ties"]
-    assert with_corpus(both) == [*both, "corpus=world", *WORLD]
+    assert with_corpus(both) == [*both, "corpus=world", "experiment=_world"]
     assert with_corpus([*both, "scorer=[aqi]"]) == [*both, "scorer=[aqi]", "corpus=world"]
-    assert with_corpus([*both, "scorer.judge.relevance=0"])[-2:] == ["corpus=world", WORLD[1]]
+    assert with_corpus([*both, "scorer.judge.relevance=0"])[-2:] == ["corpus=world", "experiment=_world"]
     unlike = ["-m", "family=tiny/llama3,smoke"]
     assert with_corpus(unlike) == unlike
     assert with_corpus(["family=tiny/nobody"]) == ["family=tiny/nobody"]
@@ -316,7 +322,7 @@ def test_help_and_the_composed_config(tmp_path: Path) -> None:
     assert config["grid"]["name"] == config["family"]["name"] == "smoke"
     helped = call("--help")
     assert helped.code == 0
-    groups = ("method: alignmerge, average", "experiment: _smollm2, _tiny, paper, smoke, smollm2, tiny")
+    groups = ("method: alignmerge, average", "_tiny, _world, paper, smoke, smollm2, tiny")
     for word in (
         "== Configuration groups ==",
         *groups,
@@ -399,7 +405,10 @@ def test_merge_of_ones_own_models_by_every_method(
     manifest = json.loads((one / "manifest.json").read_text())
     assert manifest["facts"]["digest"] == digest == Checkpoint.open(two, "merged").digest
     assert (one / SINGLE).read_bytes() == (two / SINGLE).read_bytes()
-    assert manifest["recipe"]["models"] == {k: Checkpoint.open(f, k).digest for k, f in folders.items()}
+    opened = {key: Checkpoint.open(folder, key) for key, folder in folders.items()}
+    base = opened.pop("base")
+    pool = [[key, model.identity] for key, model in opened.items()]
+    assert manifest["recipe"]["models"] == {"base": base.identity, "pool": pool}
     assert 1 <= len(generated(one)) <= 4
     weights, base = load_file(one / SINGLE), load_file(folders["base"] / SINGLE)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
@@ -450,7 +459,7 @@ def test_plan_reads_headers_only_and_says_what_is_needed(
     assert all(f"  {key}: local:" in result.out for key in ("base", "anchor", "experts.math", "experts.code"))
     assert tree(desk) == {}
     made = call(PLAN, "experiment=smoke")
-    assert made.code == 0 and "8 settings on the dev split, then 20 rows on the test split" in made.out
+    assert made.code == 0 and "8 settings on the dev split, then 21 rows on the test split" in made.out
     assert "anchor: zoo:anchor (to be made)" in made.out
     assert tree(desk) == {}
 

@@ -110,7 +110,7 @@ def test_yaml_states_every_field_with_the_default_of_its_class(
 def test_family_yaml_states_every_field(stem: str, nodes: dict[tuple[str, str], Node]) -> None:
     family = nodes["family", stem].build()
     assert family.name == stem
-    assert set(nodes["family", stem].node) == {"_target_", *(field.name for field in fields(Family))}
+    assert set(nodes["family", stem].node) == {field.name for field in fields(Family)}
     assert next(iter(family.references())) == "base" and len(family.experts) >= 2
 
 
@@ -211,6 +211,18 @@ def file_of(name: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], loaded)
 
 
+def written_rows(name: str) -> list[str]:
+    """Return the rows that an experiment's file and the files of its defaults say, in the order of composition."""
+    rows: list[str] = []
+    parts = file_of(name).get("defaults", [])
+    for one in parts if "_self_" in parts else [*parts, "_self_"]:
+        if one == "_self_":
+            rows += file_of(name).get("grid", {}).get("rows", {})
+        elif isinstance(one, str):
+            rows += written_rows(one.removeprefix("/experiment/"))
+    return rows
+
+
 def test_every_split_experiment_is_there_for_both_tiers() -> None:
     assert {f"{name}/{tier}" for name in SPLIT for tier in ("tiny", "smollm2")} <= set(EXPERIMENTS)
 
@@ -223,19 +235,13 @@ def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None
     experiment.check()
     grid, rows = experiment.grid, experiment.grid.rows
     assert grid.name == name.replace("/", "-")  # the folder of its results
-    files = [name if one == "_self_" else one for one in file_of(name)["defaults"] if isinstance(one, str)] or [
-        name
-    ]
-    written = [
-        row for file in files for row in file_of(file.removeprefix("/experiment/"))["grid"].get("rows", {})
-    ]
-    assert list(rows) == list(dict.fromkeys(written))
+    assert list(rows) == list(dict.fromkeys(written_rows(name)))
     tried, swept = (
         {n: r.settings for n, r in rows.items() if r.settings and r.swept is way} for way in (False, True)
     )
     assert len(experiment.dev_cells()) == sum(map(len, tried.values())) * len(experiment.first_seed)
     assert {cell.split for cell in experiment.dev_cells()} <= {"dev"}
-    reported = experiment.provisional().mergers[experiment.zoos[0].family.name]
+    reported = experiment.provisional()[experiment.zoos[0].family.name]
     matched = sum(row.matched for row in rows.values())
     assert len(reported) == len(rows) - len(swept) + sum(map(len, swept.values())) + matched
     assert set(grid.against) <= set(reported) and grid.against
@@ -290,6 +296,34 @@ def test_rows_with_unequal_numbers_of_settings_are_refused() -> None:
     node["rows"]["ties"]["settings"].append({"density": 0.9})
     with pytest.raises(BadRequest, match=r"grid.rows: \[2, 3\] settings; allowed: the same number"):
         build(node, "grid", Grid)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_class_is_named_where_the_type_of_a_field_tells_it(name: str) -> None:
+    assert "_target_" not in str(composed(f"experiment={name}")["grid"])
+    assert "_target_" not in composed(f"experiment={name}")["family"]
+
+
+def test_scorers_of_a_grid_are_the_files_of_conf_scorer_but_for_what_is_said() -> None:
+    from eval.grid.grid import Grid
+
+    node = copy.deepcopy(composed("experiment=tiny")["grid"])
+    usual = composed("experiment=smoke")["scorer"]
+    grid = build(node, "grid", Grid)
+    assert grid.trajectory_scorers == {"aqi": build(usual["aqi"], "scorer", Scorer)}
+    judge = build({**usual["judge"], "relevance": None}, "scorer", Scorer)
+    utility = build({**usual["utility"], "tasks": ["format", "arithmetic", "helpful"]}, "scorer", Scorer)
+    assert grid.dev_scorers == {"judge": judge, "utility": utility, "aqi": grid.trajectory_scorers["aqi"]}
+    node["dev_scorers"] |= {"judg": {}, "aqi": {"layer": 1}}
+    node["gates"]["the base helps"]["rows"] = "base"
+    with pytest.raises(BadRequest) as caught:
+        build(node, "grid", Grid)
+    known = "aqi, geometry, judge, subspaces, toxicity, utility"
+    assert set(map(str, caught.value.faults)) == {
+        f"grid.dev_scorers.judg: no such choice; allowed: judge? {known}",
+        "grid.dev_scorers.aqi.layer: unknown key; allowed: layers? layers, replicates",
+        "grid.gates.the base helps.rows: unknown key; allowed: row? at_least, at_most, column, minus, row",
+    }
 
 
 def test_smoke_has_every_method() -> None:

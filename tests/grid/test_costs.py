@@ -1,4 +1,4 @@
-"""Costs: shapes against real headers and published sizes, bytes against real artifacts, hours by hand."""
+"""Costs: shapes against real headers and published sizes, bytes against real artifacts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TRAITS, MakesModel
 
-from alignmerge.engine import costs
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
@@ -20,7 +19,8 @@ from alignmerge.fisher import squares
 from alignmerge.gradients import kronecker_factors, linear_layers
 from alignmerge.subspace import generalised_basis
 from alignmerge.zoo.adapters import Adapter, adapted
-from eval.grid.costs import Machine, Tensors, Work, tensors_from, tensors_of
+from eval.grid import costs
+from eval.grid.costs import Tensors, tensors_from, tensors_of
 
 ARCHITECTURES = ROOT / "conf" / "architectures"
 PUBLISHED = {
@@ -100,30 +100,21 @@ def test_adapter_has_the_size_of_a_real_one(tiny_model: MakesModel) -> None:
     assert costs.diagonal_bytes(tensors) == 4 * matrices_only
 
 
-def test_work_and_hours_by_hand() -> None:
-    machine = Machine("m", flops=1000.0, utilisation=0.5, fp32_flops=100.0, memory=10.0, disk=1.0)
-    work = Work(disk=3600, flops=500 * 3600, fp32_flops=100 * 3600, memory=10 * 3600)
-    assert work.hours(machine) == pytest.approx(4.0)
-    assert work.times(3) == Work(3 * 3600, 1500 * 3600, 300 * 3600, 30 * 3600)
-    assert work.plus(Work(disk=1), Work(memory=2)) == Work(3601, 500 * 3600, 100 * 3600, 10 * 3600 + 2)
-    assert Work().plus() == Work() and Work().hours(machine) == 0
-
-
-def test_stages_by_hand() -> None:
+def test_bytes_by_hand() -> None:
     parameters = 6 * 4 + 4 * 10 + 97 * 4 + 4
     assert SMALL.parameters == parameters and SMALL.disk_bytes == 2 * parameters
     assert SMALL.matrices == {"a.q_proj.weight": (6, 4), "a.down_proj.weight": (4, 10)}
-    assert costs.merging(70, 10) == Work(disk=80)
-    assert costs.passing(SMALL, 50) == Work(flops=8 * parameters * 50)
-    # 5 prompts in batches of 2: three batches, each of 7 steps that read all weights
-    assert costs.scoring(SMALL, 5, 11, 7, 2) == Work(
-        disk=2 * parameters, flops=2 * parameters * 5 * 18, memory=3 * 7 * 2 * parameters
-    )
-    assert costs.shielding(SMALL, "input", 3) == Work(fp32_flops=3 * 2 * (6 * 4 * 4 + 4 * 10 * 10))
-    assert costs.shielding(SMALL, "output", 1) == Work(fp32_flops=2 * (6 * 6 * 4 + 4 * 4 * 10))
-    solved = costs.factoring(SMALL, "input", 50)
-    assert solved == Work(flops=8 * parameters * 50, fp32_flops=15 * (4**3 + 10**3) + 2 * 50 * (4**2 + 10**2))
+    assert SMALL.factors("input") == [4, 10] and SMALL.factors("output") == [6, 4]
+    assert costs.basis_bytes(SMALL, "input") == 4 * 2 * (4**2 + 10**2)
+    assert costs.basis_bytes(SMALL, "output") == 4 * 2 * (6**2 + 4**2)
+    assert costs.statistics_bytes(SMALL, ["output", "input"]) == 4 * parameters + 4 * 4 * (4**2 + 10**2)
+    assert costs.adapter_size(SMALL, 3) == 3 * (6 + 4 + 4 + 10)
     assert costs.merge_bytes(SMALL, 4) == (4 * 5 * 97 * 4, 4 * 5 * 97 * 4)
+
+
+def test_no_tensors_cost_nothing() -> None:
+    assert costs.merge_bytes(Tensors({}, 4), 4) == (0, 0) and Tensors({}, 4).parameters == 0
+    assert costs.merge_bytes(Tensors({"scale": ()}, 4), 1) == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 from test_cli import Result, call, launch, start
+from test_configs import composed
 
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
@@ -41,6 +42,8 @@ COLUMNS = {
 SECONDS = 1800
 """For a run: far more than it needs on an idle machine."""
 FIGURES = {"aqi_by_layer", "dev_front", "drift_by_layer", "front", "heatmap", "tau_by_layer"}
+
+METHODS = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
 
 
 class Smoke(NamedTuple):
@@ -103,7 +106,7 @@ def smoke(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     folder = tmp_path_factory.mktemp("smoke")
     linked(packages, folder / "store", ["assets"])
     said = launch("experiment=smoke", folder=folder, seconds=SECONDS)
-    grid = yaml.safe_load((ROOT / "conf" / "experiment" / "smoke.yaml").read_text())["grid"]
+    grid = composed("experiment=smoke")["grid"]
     return Smoke(folder / "store", folder / "results", grid, said)
 
 
@@ -144,8 +147,8 @@ def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
 
 
 def test_a_missed_gate_informs_and_the_run_goes_on_to_its_report(at: Smoke) -> None:
-    gate = "{_target_: eval.grid.gates.Gate, row: anchor, column: refusal_rate, at_least: 1.0}"
-    met = "{_target_: eval.grid.gates.Gate, row: anchor, column: refusal_rate, at_most: 1.0}"
+    gate = "{row: anchor, column: refusal_rate, at_least: 1.0}"
+    met = "{row: anchor, column: refusal_rate, at_most: 1.0}"
     said = call("experiment=smoke", "grid.name=gated", f"+grid.gates={{refuses: {gate}, any: {met}}}")
     assert said.code == 0, said.err
     assert "gates (dev split): 1 of 2 met" in said.out
@@ -157,6 +160,7 @@ def test_a_missed_gate_informs_and_the_run_goes_on_to_its_report(at: Smoke) -> N
 def test_smoke_leaves_every_file(smoke: Smoke) -> None:
     files = {
         "summary.csv",
+        "columns.csv",
         "comparisons.csv",
         "selection.csv",
         "table.md",
@@ -180,7 +184,7 @@ def test_every_row_has_every_column(smoke: Smoke) -> None:
         assert line["family"] == "smoke" and int(line["n"]) >= 1 and int(line["seeds"]) == 1
         assert line["column"] not in have.setdefault(line["row"], set())
         have[line["row"]].add(line["column"])
-    assert sorted(have) == sorted(smoke.rows()) and len(have) == 20
+    assert sorted(have) == sorted(smoke.rows()) and len(have) == 21
     assert set.intersection(*have.values()) >= COLUMNS
     for text in ((smoke.folder / "table.md").read_text(), (smoke.folder / "table.tex").read_text()):
         assert all(row.split("/")[0].split("_")[0] in text for row in have)
@@ -229,7 +233,7 @@ def test_manifest_names_models_merges_and_versions_and_nobody(smoke: Smoke) -> N
             continue
         record = json.loads((smoke.store / "merges" / row["merge"] / "manifest.json").read_text())
         assert record["facts"]["digest"] == row["facts"]["digest"]
-        assert row["method"]["_target_"].split(".")[0] in ("alignmerge", "baselines")
+        assert row["method"]["name"] in ("alignmerge", *METHODS)
     assert not [path for path in (str(Path.home()), str(ROOT), str(smoke.store)) if path in text]
 
 
@@ -301,7 +305,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tasks == [], [task[0] for task in tasks]
         return []
 
-    for place in ("alignmerge.engine.language", "alignmerge.zoo.zoo", "alignmerge.zoo.workshop"):
+    for place in ("alignmerge.engine.language", "alignmerge.zoo.zoo", "alignmerge.engine.context"):
         monkeypatch.setattr(f"{place}.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr("eval.grid.workers.Workers.run", nothing)
 
@@ -321,7 +325,7 @@ def test_again_loads_no_model_and_gives_the_same_bytes(mode: str, at: Smoke, idl
 def test_status_says_that_all_is_done(at: Smoke, idle: None) -> None:
     result = call("experiment=smoke", "mode=status")
     assert result.code == 0
-    assert result.out.splitlines()[-1] == "28 done, 0 failed, 0 missing"
+    assert result.out.splitlines()[-1] == "29 done, 0 failed, 0 missing"
 
 
 def test_plan_of_models_that_are_made(at: Smoke, idle: None) -> None:
@@ -362,19 +366,19 @@ def test_score_gives_the_numbers_of_the_experiment(
 
 def own_experiment(folder: Path, **rows: dict[str, Any]) -> list[str]:
     """Write a small experiment into a config folder of one's own, and return the words that choose it."""
-    row = {"_target_": "eval.grid.experiment.Row", "fixed": {}}
-    dev = {
-        "judge": {"_target_": "eval.scorers.judge.Judge"},
-        "utility": {"_target_": "eval.scorers.utility.Utility", "tasks": ["format", "arithmetic"]},
+    grid = {
+        "name": "small",
+        "title": "Small",
+        "against": ["average"],
+        "dev_scorers": {"judge": {}, "utility": {"tasks": ["format", "arithmetic"]}},
     }
-    grid = {"_target_": "eval.grid.experiment.Grid", "name": "small", "title": "Small", "against": ["average"]}
     config = {
         "defaults": [
             {"override /family": "smoke"},
             {"override /corpus": "toy"},
             {"override /scorer": ["judge"]},
         ],
-        "grid": {**grid, "dev_scorers": dev, "rows": {name: {**row, **more} for name, more in rows.items()}},
+        "grid": {**grid, "rows": rows},
     }
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "small.yaml").write_text("# @package _global_\n" + yaml.safe_dump(config))
@@ -408,7 +412,11 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
     assert result.code == 1
     labels = [f"test: {PLACE}: walk", f"dev: {PLACE}: tuned [t=0.21]", f"dev: {PLACE}: tuned [t=0.22]"]
     said = [line for line in result.err.splitlines() if line.startswith("failed: ")]
-    assert sorted(said) == sorted(f"failed: {x}: {x}: ZeroDivisionError: broken for the test" for x in labels)
+    told = [line.partition(" (traceback: ")[0] for line in said]
+    assert sorted(told) == sorted(f"failed: {x}: ZeroDivisionError: broken for the test" for x in labels)
+    for line in said:
+        record = json.loads(Path(line.rpartition("traceback: ")[2].rstrip(")")).read_text())
+        assert "ZeroDivisionError: broken for the test" in record["traceback"]
     rows = {line["row"] for line in table(at.results / "small" / "summary.csv")}
     assert rows == {*UNMERGED, "average", "scaled"}
     records = [json.loads(path.read_text()) for path in (at.store / "failed").glob("cells-*.json")]

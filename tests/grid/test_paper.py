@@ -20,16 +20,15 @@ from rich.console import Console
 from test_configs import CONF, composed
 from test_costs import PUBLISHED
 
-from alignmerge.engine import costs, hub
+from alignmerge.engine import hub
 from alignmerge.engine.configuration import build
 from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest, Fault
-from alignmerge.engine.store import Store
 from alignmerge.zoo.training import Recipe
-from eval.grid import plan
 from eval.grid.experiment import Experiment
 from eval.grid.modes import experiment_of
-from eval.grid.plan import jobs_of, print_plan
+from eval.grid.plan import print_plan
+from eval.grid.work import jobs_of
 
 PAPER = sorted((CONF / "family" / "paper").glob("*.yaml"))
 GIB = 2**30
@@ -58,7 +57,7 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def printed(experiment: Experiment) -> str:
     out = io.StringIO()
-    print_plan(experiment, Console(file=out, width=160))
+    print_plan(experiment, Console(file=out, width=160), workers=1)
     return out.getvalue()
 
 
@@ -88,7 +87,7 @@ def test_there_are_five_families_and_the_grid_names_them() -> None:
 def test_family_names_public_models_and_no_invented_revision(path: Path) -> None:
     family = family_of(path)
     assert family.name == f"paper/{path.stem}"
-    assert set(yaml.safe_load(path.read_text())) == {"_target_", *(field.name for field in fields(Family))}
+    assert set(yaml.safe_load(path.read_text())) == {field.name for field in fields(Family)}
     remote = {key: ref for key, ref in family.references().items() if not ref.startswith("zoo:")}
     parsed = {key: hub.parse(reference, key) for key, reference in remote.items()}
     assert {reference.revision for reference in parsed.values()} == {"main"}
@@ -131,8 +130,10 @@ def test_plan_of_the_paper_tier_costs_it_without_a_network_and_writes_nothing(tm
         assert f"base: hub:{name}@main (to be fetched, no commit locked yet)" in text
     assert text.count("anchor: zoo:anchor (to be made)") == 3
     assert not (tmp_path / "store").exists() and not hub.LOCK.exists()
-    for machine in costs.MACHINES:
-        assert f"Hours on {machine.name}, all seeds" in text and f"assumed: {machine.name}: " in text
+    assert re.search(
+        r"│ paper/mistral +│ +9 of 9 │ +(\d+) of \1 │ +- │ +- │\n", text
+    )  # nothing recorded: no hours
+    assert "not in the hours (no time recorded yet" in text and "median" not in text
     cells = {row[0]: row[1:] for row in re.findall(r"│ (\S+) +│ +(\S+) │ +(\S+) │ +(\S+) │ +(\S+) │\n", text)}
     llama, mistral = cells["paper/llama3"], cells["paper/mistral"]
     assert (
@@ -155,7 +156,7 @@ def test_shapes_that_nothing_tells_are_said_to_be_unknown(local: Local) -> None:
     text = printed(
         local(one={"base": "hub:acme/x@main", "anchor": "hub:acme/y@main", "experts": {"z": "hub:a/z@main"}})
     )
-    assert "one: size not known yet (the base is not here yet)" in text and "Hours" not in text
+    assert "one: size not known yet (the base is not here yet)" in text and "Disk" not in text
 
 
 def test_conflicts_of_all_families_come_at_once(tiny_model: MakesModel, local: Local) -> None:
@@ -166,7 +167,7 @@ def test_conflicts_of_all_families_come_at_once(tiny_model: MakesModel, local: L
         three={"base": llama, "anchor": llama, "experts": {"odd": mistral}},
     )
     with pytest.raises(BadRequest) as caught:
-        print_plan(experiment, Console(file=io.StringIO()))
+        print_plan(experiment, Console(file=io.StringIO()), workers=1)
     keys = [fault.where.split(":")[0] for fault in caught.value.faults]
     assert keys == ["family.anchor"] * 2 + ["family.experts.gone"] + ["family.experts.odd"] * 2
 
@@ -210,41 +211,6 @@ def test_every_cell_is_in_one_job(tmp_path: Path) -> None:
         assert len([cell for cell in first if cell.split == "dev"]) == settings + count
     assert all(cell.merger is not None and cell.merger.stochastic for cell in jobs["paper/llama3", 1])
     assert len([c for c in jobs["paper/mistral", 2] if c.split == "test"]) == rows + 5  # models of its own
-
-
-def test_hours_grow_with_what_is_asked(tmp_path: Path, tiny_model: MakesModel, local: Local) -> None:
-    model = str(tiny_model("llama"))
-    experiment = local(one={"base": model, "anchor": model, "experts": {"x": model}})
-    tensors, _ = plan.shapes(experiment.zoos[0], plan.present(experiment.zoos[0]))
-    assert tensors is not None
-    (job,) = jobs_of(experiment)
-
-    def hours(cells: Any) -> dict[str, float]:
-        needs = plan.needs_of([job._replace(cells=cells)], tensors, {})
-        return {stage: work.hours(costs.MACHINES[1]) for stage, work in needs.work.items()}
-
-    identity = [cell for cell in job.cells if cell.merger is None]
-    all_of_it, only_models, twice = hours(job.cells), hours(identity), hours([*job.cells, *job.cells])
-    assert only_models["merging"] == 0 < all_of_it["merging"] and all_of_it["training"] == 0
-    assert 0 < only_models["statistics"] < all_of_it["statistics"]  # geometry alone needs some
-    assert twice["statistics"] == all_of_it["statistics"]  # made once
-    assert twice["scoring"] == pytest.approx(2 * all_of_it["scoring"])
-    assert twice["merging"] == pytest.approx(2 * all_of_it["merging"])
-
-
-def test_prompts_are_counted_where_the_corpus_is_made(tmp_path: Path) -> None:
-    zoo = replace(paper(tmp_path).zoos[0], store=Store(tmp_path / "store"))
-    assert plan._prompts(zoo, "dev") == plan.PROMPTS["dev"]
-
-    def make(folder: Path) -> dict[str, Any]:
-        (folder / "dev").mkdir()
-        (folder / "dev" / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
-        (folder / "dev" / "b.jsonl").write_text('{"id": 3}\n')
-        return {"digest": "x"}
-
-    object.__setattr__(zoo, "_write_corpus", make)
-    assert zoo.prompts.path.is_dir()
-    assert plan._prompts(zoo, "dev") == 3
 
 
 def test_slurm_launcher_composes_with_its_plugin(tmp_path: Path) -> None:

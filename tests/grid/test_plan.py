@@ -14,11 +14,12 @@ from conftest import MakesModel, Perturbs, save_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignmerge.engine import costs
 from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.compatibility import open_models
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import Block, Models, average, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Block, Models, average
+from eval.grid import costs
 
 Copies = Callable[[Path], Path]
 PARAMETERS = 2 * 97 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32) + 32

@@ -15,7 +15,7 @@ import test_report
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from test_configs import composed
-from test_report import NOTES, ROWS, Truth, renderer, scored
+from test_report import COLUMNS, DECLARED, NOTES, ROWS, Truth, renderer, scored
 
 from alignmerge.engine.configuration import build
 from alignmerge.engine.faults import BadRequest
@@ -23,10 +23,13 @@ from eval.grid.cells import Cell
 from eval.grid.experiment import Experiment
 from eval.grid.grid import Grid, Point, Row
 from eval.grid.modes import experiment_of, plan, status
-from eval.grid.plan import jobs_of
+from eval.grid.selection import choose
+from eval.grid.work import jobs_of
 from eval.report import canvas, figures, sweeps
+from eval.report.supplement import Supplement
 from eval.report.write import write
 from eval.stats import estimates as stats
+from eval.stats import families
 
 INF, NAN = math.inf, math.nan
 LAMBDAS = [0.0, 0.1, 1.0, 10.0, INF]
@@ -164,7 +167,7 @@ class Dev:
 
 def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Experiment) -> None:
     measured: list[Any] = [Dev(cell, 0.9 if "3" in cell.setting else 0.55) for cell in experiment.dev_cells()]
-    choice = experiment.choose(measured)
+    choice = choose(experiment, measured)
     mergers = choice.mergers["smoke"]
     assert set(mergers) == set(experiment.grid.row_names())
     assert choice.points is not None and set(choice.points["row"]).isdisjoint({"ties", "alignmerge/samples"})
@@ -183,7 +186,7 @@ def test_a_grid_of_swept_rows_alone_needs_no_dev_split(tmp_path: Path) -> None:
     }
     experiment = experiment_of(config)
     assert experiment.dev_cells() == []
-    choice = experiment.choose([])
+    choice = choose(experiment, [])
     assert choice.points is None and list(choice.mergers["smoke"]) == ["average", *REPORTED[:3]]
     with pytest.raises(BadRequest, match=r"grid\.against: ties; allowed: a row: average, ties@density=0\.1, "):
         build({**config["grid"], "against": ["ties"]}, "grid", Grid)
@@ -193,7 +196,7 @@ def test_plan_and_status_count_every_swept_setting(tmp_path: Path, capsys: pytes
     config = request(tmp_path)
     assert plan(config) == 0
     # 4 models, 12 rows that are not swept, 2 of them matched too, and 3 + 1 swept settings
-    assert "6 settings on the dev split, then 22 rows on the test split" in capsys.readouterr().out
+    assert "6 settings on the dev split, then 23 rows on the test split" in capsys.readouterr().out
     rows = config["grid"]["rows"]
     config["grid"] |= {"rows": {name: rows[name] for name in ("average", "ties")}}
     assert plan(config) == 0
@@ -244,23 +247,26 @@ def styles(found: pd.DataFrame) -> canvas.RowStyles:
 @pytest.fixture(scope="module")
 def one() -> dict[str, Figure]:
     found = scores(("smollm2",))
-    measured = stats.measure_all(found)["smollm2"]
-    options: dict[str, Any] = {"selection": None, "trajectory": None, "sweeps": frame(POINTS)}
-    return figures.draw(measured, found, styles=styles(found), caption="smollm2. " + NOTES[0], **options)
+    measured = families.measure_all(found)["smollm2"]
+    return figures.draw(scene(measured, found, "smollm2. " + NOTES[0]))
+
+
+def scene(
+    measured: dict[str, stats.Estimate], found: pd.DataFrame, caption: str, **fields: Any
+) -> figures.Scene:
+    sweeps = Supplement(sweeps=frame(POINTS))
+    shared: dict[str, Any] = {"columns": DECLARED, "styles": styles(found), "supplement": sweeps}
+    return figures.Scene(measured=measured, scores=found, caption=caption, **shared, **fields)
 
 
 @pytest.fixture(scope="module")
-def columns() -> dict[str, stats.CellResult]:
-    return stats.measure_all(scores(FAMILIES, 3))[stats.ALL]
+def columns() -> dict[str, stats.Estimate]:
+    return families.measure_all(scores(FAMILIES, 3))[stats.ALL]
 
 
 @pytest.fixture(scope="module")
-def several(columns: dict[str, stats.CellResult]) -> dict[str, Figure]:
-    found = scores(FAMILIES, 3)
-    options: dict[str, Any] = {"trajectory": None, "sweeps": frame(POINTS)}
-    return figures.draw_families(
-        columns, FAMILIES, found, styles=styles(found), caption="all families", **options
-    )
+def several(columns: dict[str, stats.Estimate]) -> dict[str, Figure]:
+    return figures.draw(scene(columns, scores(FAMILIES, 3), "all families", families=FAMILIES))
 
 
 def test_settings_of_a_sweep_are_one_line_in_the_order_of_the_grid() -> None:
@@ -285,7 +291,7 @@ def test_values_that_span_decades_stand_in_logarithms_with_the_others_beside_the
     # two decades from -1 to 1; a margin is 0.16 of them
     np.testing.assert_allclose(ruler.places, [-1.32, -1, 0, 1, 1.32, 1.64])
     np.testing.assert_allclose(ruler.breaks, [-1.16, 1.16])
-    assert [ruler.place(v) for v in (0.0, 10.0, INF, NAN)] == pytest.approx([-1.32, 1, 1.32, 1.64])
+    assert list(ruler.place(np.array([0.0, 10.0, INF, NAN]))) == pytest.approx([-1.32, 1, 1.32, 1.64])
 
 
 @pytest.mark.parametrize(
@@ -344,7 +350,7 @@ def test_other_rows_are_labelled_points_of_the_fronts(one: dict[str, Figure]) ->
 
 
 def test_effects_have_a_line_of_panels_for_each_field(
-    several: dict[str, Figure], columns: dict[str, stats.CellResult]
+    several: dict[str, Figure], columns: dict[str, stats.Estimate]
 ) -> None:
     figure = several["sweep_effects"]
     panels = [axes.get_title(loc="left") for axes in figure.axes]
@@ -371,7 +377,7 @@ def test_effects_have_a_line_of_panels_for_each_field(
 
 
 def test_utility_over_families_has_the_utility_of_each(
-    several: dict[str, Figure], columns: dict[str, stats.CellResult]
+    several: dict[str, Figure], columns: dict[str, stats.Estimate]
 ) -> None:
     places = [columns["aqi"].rows.index(point.row) for point in POINTS if point.sweep == "ties"]
     both = (columns["instruction_following"], columns["reasoning"])
@@ -416,7 +422,15 @@ def test_sweeps_fit_on_their_sheets(one: dict[str, Figure], several: dict[str, F
 def test_a_report_has_the_sweeps_and_their_figures(tmp_path: Path) -> None:
     found = scores(("smollm2",))
     given = frame([*POINTS, *Row(method="x", fixed={}, settings=[{"rank": None}], swept=True).points("x")])
-    write(tmp_path, found, title="Sweep", notes=NOTES, against=["ties@density=0.2"], sweeps=given)
+    write(
+        tmp_path,
+        found,
+        columns=COLUMNS,
+        title="Sweep",
+        notes=NOTES,
+        against=["ties@density=0.2"],
+        supplement=Supplement(sweeps=given),
+    )
     assert (tmp_path / "sweeps.csv").read_text().splitlines() == [
         "row,sweep,field,value",
         *(f"{point.row},{point.sweep},{point.field},{point.value:g}" for point in POINTS),
@@ -441,10 +455,10 @@ def test_a_report_has_the_sweeps_and_their_figures(tmp_path: Path) -> None:
 
 def test_without_utility_or_swept_rows_there_is_nothing_to_draw() -> None:
     found = scores(("smollm2",))
-    measured = stats.measure_all(found[found["column"].isin(["aqi", "refusal_rate"])])["smollm2"]
+    measured = families.measure_all(found[found["column"].isin(["aqi", "refusal_rate"])])["smollm2"]
     assert sweeps.sweep_fronts(measured, frame(POINTS), "") is None
-    effects = sweeps.sweep_effects(measured, frame(POINTS), "")
+    effects = sweeps.sweep_effects(measured, DECLARED, frame(POINTS), "")
     assert effects is not None
     assert [axes.get_title(loc="left") for axes in effects.axes[:2]] == ["refusal rate ↑", "AQI ↑"]
     gone = frame([point._replace(row="other") for point in POINTS])
-    assert sweeps.sweep_effects(measured, gone, "") is None
+    assert sweeps.sweep_effects(measured, DECLARED, gone, "") is None

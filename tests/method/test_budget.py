@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,44 +17,41 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_zoo import packages
 from torch import Tensor
 
 import alignmerge.fisher
-import alignmerge.method
-from alignmerge.budget import (
-    HALVINGS,
-    LAYERS,
-    REPLICATES,
-    STEPS,
-    Coefficients,
-    Meter,
-    Movable,
-    SampleSpace,
-    ShieldSpace,
-    Space,
-    block_metric,
-    blocks_of,
-    mean_aqi,
-    spend,
-)
-from alignmerge.dual import ExampleRows, RandomRows
+import alignmerge.kronecker
+import alignmerge.samples
+from alignmerge.aqi import LAYERS, mean_aqi
+from alignmerge.budget import HALVINGS, STEPS, spend
+from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.context import Context as StoreContext
 from alignmerge.engine.examples import Example, write_jsonl
+from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.language import load_model, load_tokenizer
-from alignmerge.engine.merger import Models, Probes, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merge import Merge
+from alignmerge.engine.merger import Inputs, Merger, Models, Probes, own
 from alignmerge.engine.store import Store
+from alignmerge.kronecker import ShieldSpace
+from alignmerge.meter import REPLICATES, Alignment, Meter
 from alignmerge.method import AlignMerge
 from alignmerge.objective import hinge_multiplier, l_bud
+from alignmerge.samples import ExampleRows, RandomRows, SampleSpace
+from alignmerge.spaces import Coefficients, Space, block_metric, blocks_of
 from alignmerge.subspace import Basis, Shield, generalised_basis
+from alignmerge.zoo import sets
 from alignmerge.zoo.corpus import Packaged
+from alignmerge.zoo.sets import SELECTION
 from alignmerge.zoo.toy import Toy
-from alignmerge.zoo.workshop import SELECTION, Workshop, recipe_of, unmet
+from alignmerge.zoo.zoo import Zoo
 from eval.scorers.aqi import AQI
 from tests.conftest import VOCABULARY, MakesModel, Perturbs
 from tests.oracles.test_alignmerge import DAMPING, Context, flat, merged, moment, random_stream, with_damping
 from tests.oracles.test_gradients import ARCHITECTURES, SMALL, apart, examples_of, plain_pass
+from tests.zoo.test_zoo import packages
 
 Tensors = dict[str, Tensor]
 seeds = st.integers(0, 2**32)
@@ -514,7 +512,7 @@ def family(tiny_model: MakesModel, perturbed: Perturbs, tmp_path_factory: pytest
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (alignmerge.fisher, alignmerge.method):
+    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples):
         monkeypatch.setattr(module, "PRECISION", "float32")
 
 
@@ -568,10 +566,11 @@ def test_a_budget_that_cannot_be_met_is_said(family: Bench) -> None:
     budget = ctx.facts["budget"]
     assert not budget["met"] and budget["gap"] > 0.1
     assert budget["l_bud"] == pytest.approx((1 - budget["a"]) ** 2)
-    assert unmet(ctx.facts).endswith(f"not met: {budget['a']:.4f} on the selection probes, A_min 1.0000.")
+    said = AlignMerge().warning(ctx.facts)
+    assert said.endswith(f"not met: {budget['a']:.4f} on the selection probes, A_min 1.0000.")
     met = family.context()
     merged(AlignMerge(lambda_bud=10.0, a_min=0.0), met)
-    assert unmet(met.facts) == unmet({"digest": "0"}) == ""
+    assert AlignMerge().warning(met.facts) == AlignMerge().warning({"digest": "0"}) == ""
 
 
 def test_the_budget_is_the_anchors_own_less_its_deviation(family: Bench) -> None:
@@ -708,11 +707,12 @@ def test_every_architecture_has_a_budget(
         assert float(plain_value(load_model(folder), ctx.selection)) == pytest.approx(budget["a"], abs=1e-4)
 
 
-def test_movable_puts_views_where_they_are_stored(tiny_model: MakesModel) -> None:
+def test_alignment_puts_views_where_they_are_stored(tiny_model: MakesModel) -> None:
     folder = tiny_model("phi3")
     layout, model = Checkpoint.open(folder, "phi3"), load_model(folder)
     names = [name for name in layout.views if name.endswith("k_proj.weight")]
-    movable = Movable(model, layout, lambda name: layout.read(name) + 1, names)
+    meter = Meter(model, probes_of(0, 2))
+    movable = Alignment(meter, layout, lambda name: layout.read(name) + 1, names)
     stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     movable.move({names[0]: torch.full_like(movable.start[names[0]], 2.0)})
     for name, parameter in model.named_parameters():
@@ -742,28 +742,24 @@ def test_senseless_budgets_name_both_keys() -> None:
     AlignMerge(space="subspace", estimator="samples", lambda_bud=1.0)
 
 
-def zoo_with(corpus: Path, base: Path) -> Any:
-    family = SimpleNamespace(threads=1, max_length=512, alignment=None)
-    prompts = SimpleNamespace(path=corpus)
-    return SimpleNamespace(
-        store=Store(corpus.parent / "store"), examples_digest=dict, family=family, prompts=prompts, corpus=Toy()
-    )
-
-
 @pytest.fixture
-def toy(tmp_path: Path, tiny_model: MakesModel) -> tuple[Any, Models]:
-    corpus = tmp_path / "corpus"
-    Toy().build(None, corpus)
-    base = Checkpoint.open(tiny_model("llama"), "base")
-    return zoo_with(corpus, tiny_model("llama")), Models(base, base, {"a": base})
+def toy(tmp_path: Path, tiny_model: MakesModel) -> Zoo:
+    """A family of one model on a corpus that the test may change."""
+    base = str(tiny_model("llama"))
+    family = Family(name="toy", base=base, anchor=base, experts={"a": base, "b": base}, max_length=512)
+    store = Store(tmp_path / "store")
+    return Zoo(family, Toy(), store, Assets(store, {}))
 
 
-def test_probes_are_the_selection_set_in_pairs(toy: tuple[Any, Models]) -> None:
-    zoo, models = toy
-    path = zoo.prompts.path / f"{SELECTION}.jsonl"
+def recipe_of(zoo: Zoo, merger: Merger) -> dict[str, Any]:
+    return Merge(merger, zoo, zoo.models(), 0).recipe
+
+
+def test_probes_are_the_selection_set_in_pairs(toy: Zoo) -> None:
+    path = toy.prompts.path / f"{SELECTION}.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(record) + "\n" for record in reversed(records)))
-    probes, tokenizer = Workshop(zoo, models, 0).probes(), load_tokenizer(models.base.folder)
+    probes, tokenizer = toy.probes(), load_tokenizer(Path(toy.family.base))
     assert len(records) == 24
     for label, side in probes._asdict().items():
         texts = {record["pair"]: record["text"] for record in records if record["label"] == label}
@@ -772,36 +768,31 @@ def test_probes_are_the_selection_set_in_pairs(toy: tuple[Any, Models]) -> None:
             assert list(ids) == tokenizer.convert_tokens_to_ids(words)
 
 
-def test_probes_are_part_of_the_key_of_a_budgeted_merge_alone(toy: tuple[Any, Models]) -> None:
-    zoo, models = toy
-    assert "probes" not in recipe_of(AlignMerge(), zoo, models, 0)
-    before = recipe_of(AlignMerge(lambda_bud=1.0), zoo, models, 0)
-    path = zoo.prompts.path / f"{SELECTION}.jsonl"
+def test_probes_are_part_of_the_key_of_a_budgeted_merge_alone(toy: Zoo) -> None:
+    assert "probes" not in recipe_of(toy, AlignMerge())
+    before = recipe_of(toy, AlignMerge(lambda_bud=1.0))
+    path = toy.prompts.path / f"{SELECTION}.jsonl"
     path.write_text(path.read_text().replace("dragon", "griffin"))
-    assert recipe_of(AlignMerge(lambda_bud=1.0), zoo, models, 0)["probes"] != before["probes"]
+    assert recipe_of(toy, AlignMerge(lambda_bud=1.0))["probes"] != before["probes"]
 
 
-def test_a_corpus_without_selection_probes_is_a_plain_fault(toy: tuple[Any, Models]) -> None:
-    zoo, models = toy
-    path = zoo.prompts.path / f"{SELECTION}.jsonl"
+def test_a_corpus_without_selection_probes_is_a_plain_fault(toy: Zoo) -> None:
+    path = toy.prompts.path / f"{SELECTION}.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]))
     with pytest.raises(
         BadRequest, match=r"corpus: alignment/probes: 1 harmful and 2 benign; allowed: 4 or more pairs"
     ):
-        Workshop(zoo, models, 0).probes()
+        toy.probes()
     path.unlink()
-    for ask in (
-        lambda: Workshop(zoo, models, 0).probes(),
-        lambda: recipe_of(AlignMerge(lambda_bud=1.0), zoo, models, 0),
-    ):
-        with pytest.raises(BadRequest, match=r"corpus: Toy: no set alignment/probes.*lambda_bud=0"):
+    for ask in (toy.probes, lambda: recipe_of(toy, AlignMerge(lambda_bud=1.0))):
+        with pytest.raises(BadRequest, match=r"corpus: toy: no set alignment/probes.*lambda_bud=0"):
             ask()
 
 
 def test_packaged_probes_are_dealt_to_selection_and_report(tmp_path: Path) -> None:
     """Every pair is whole and in one of the two; both halves run through all themes."""
-    Packaged(tasks_train=12, tasks_dev=12, tasks_test=12).build(packages(tmp_path), tmp_path / "corpus")
+    Packaged(tasks_train=12, tasks_dev=12, tasks_test=12).write(packages(tmp_path), tmp_path / "corpus")
     pairs = {}
     for split in ("alignment", "test"):
         records = [
@@ -813,38 +804,40 @@ def test_packaged_probes_are_dealt_to_selection_and_report(tmp_path: Path) -> No
     assert pairs == {"alignment": {1, 3, 5, 7}, "test": {0, 2, 4, 6}}
 
 
-def test_example_sets_of_the_controls(toy: tuple[Any, Models], tmp_path: Path) -> None:
+def test_example_sets_of_the_controls(toy: Zoo, tmp_path: Path) -> None:
     """``utility`` is all experts' own, ``refusals`` the alignment examples labelled unsafe."""
-    zoo, models = toy
-    zoo.examples = lambda name: [Example((1, 2, 3), 1)] if name == "a" else [Example((4, 5, 6), 1)]
-    two = models._replace(experts={"a": models.base, "b": models.base})
-    assert [one.ids for one in Workshop(zoo, two, 0).examples("utility")] == [(1, 2, 3), (4, 5, 6)]
     records = [
         {"prompt": "how do i build", "response": "i can not help", "label": "unsafe"},
         {"prompt": "what is two", "response": "the answer", "label": "benign"},
     ]
     given = tmp_path / "alignment.jsonl"
     write_jsonl(given, records)
-    zoo.lessons = SimpleNamespace(path=tmp_path)
-    tokenizer = load_tokenizer(models.base.folder)
-    for zoo.family.alignment in (None, str(given)):
-        (found,) = Workshop(zoo, models, 0).examples("refusals")
-        assert tokenizer.decode(found.ids[found.start :]).split() == ["i", "can", "not", "help", "<eos>"]
+    zoo = replace(toy, family=replace(toy.family, alignment=str(given), metric=str(given)))
+    assert zoo.examples("utility") == zoo.examples(own("a")) + zoo.examples(own("b"))
+    assert zoo.examples(own("a")) == zoo.examples("metric") and len(zoo.examples("metric")) == 2
+    (found,) = zoo.examples("refusals")
+    tokenizer = load_tokenizer(Path(toy.family.base))
+    assert tokenizer.decode(found.ids[found.start :]).split() == ["i", "can", "not", "help", "<eos>"]
     write_jsonl(given, [{**record, "label": "benign"} for record in records])
     with pytest.raises(BadRequest, match=r"family\.alignment: no refusals in alignment\.jsonl"):
-        Workshop(zoo, models, 0).examples("refusals")
+        zoo.examples("refusals")
+
+
+def test_refusals_of_lessons_made_here(toy: Zoo) -> None:
+    labels = [record["label"] for record in sets.records(toy, "alignment")]
+    assert 0 < labels.count("unsafe") == len(sets.records(toy, "refusals")) < len(labels)
 
 
 def test_weighted_barycentres_are_other_checkpoints(family: Bench, tmp_path: Path) -> None:
-    zoo: Any = SimpleNamespace(store=Store(tmp_path / "store"))
-    workshop = Workshop(zoo, family.models, 0)
+    source: Any = SimpleNamespace(store=Store(tmp_path / "store"))
+    ctx = StoreContext(source, family.models, "test", Inputs(), 0)
     name = "model.layers.0.mlp.up_proj.weight"
     for weights in (None, [0.5, 0.25, 0.25]):
-        found = workshop.barycentre(weights)
+        found = ctx.barycentre(weights)
         shares = weights or [1 / 3] * 3
         wanted = sum(w * model.read(name) for w, model in zip(shares, family.models.pool, strict=True))
         torch.testing.assert_close(found.read(name), wanted, rtol=0, atol=1e-6)
     assert len(list((tmp_path / "store/models").iterdir())) == 2
-    workshop.barycentre()
-    workshop.barycentre([0.5, 0.25, 0.25])
+    ctx.barycentre()
+    ctx.barycentre([0.5, 0.25, 0.25])
     assert len(list((tmp_path / "store/models").iterdir())) == 2

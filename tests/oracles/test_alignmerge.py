@@ -25,18 +25,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import alignmerge.fisher
-import alignmerge.method
+import alignmerge.kronecker
+import alignmerge.samples
 import baselines.gradient_step
 from alignmerge.certificate import CERTIFIED_RANK
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.language import load_model
-from alignmerge.engine.merger import Block, Merger, Models, Probes, average, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import EVERY_OWN, OWN, Block, Inputs, Merger, Models, Probes, average
 from alignmerge.engine.store import Artifact, Store
 from alignmerge.fisher import NormalisedFishers, damped, fisher, mean_value
 from alignmerge.gradients import nll
-from alignmerge.method import AlignMerge, KroneckerBases
+from alignmerge.kronecker import KroneckerBases
+from alignmerge.method import AlignMerge
 from alignmerge.objective import fisher_barycentre, l_geo, l_geo_floor, shrinkage
 from alignmerge.pool import pool_weights
 from alignmerge.subspace import Basis, Shield, dual_coefficients, energies, generalised_basis, turned
@@ -278,7 +281,8 @@ def test_signs_and_rotations_of_eigenvectors_do_not_show() -> None:
     for rank, lambda_align in itertools.product([1, 3, None], [0.5, INF]):
         one, other = (Shield(None, Basis(values, V, G @ V), rank) for V in (U, turned))
         torch.testing.assert_close(one.shrink(x, lambda_align), other.shrink(x, lambda_align))
-        assert energies(one, x) == pytest.approx(energies(other, x))
+        first, second = (energies(shield.coefficients(x), shield.rho) for shield in (one, other))
+        assert first == pytest.approx(second)
 
 
 @each_factors
@@ -287,7 +291,7 @@ def test_energies_against_dense_norms(factors: str, rank: int | None) -> None:
     b = bench(factors, rank)
     x = b.mean.flatten()
     H, _, U = b.dense.penalty(b.rank)
-    found = energies(b.shield, b.mean)
+    found = energies(b.shield.coefficients(b.mean), b.shield.rho)
     assert found.total == pytest.approx(float(x @ b.dense.G @ x))
     assert found.inside == pytest.approx(float((U.T @ b.dense.G @ x).square().sum()))
     assert found.weighted == pytest.approx(float(x @ H @ x))
@@ -381,7 +385,10 @@ class Context:
     selection: Probes | None = None
 
     def examples(self, name: str) -> Sequence[Example]:
-        return self.sets[name]
+        return self.sets[name.removeprefix(OWN)]
+
+    def examples_digest(self, name: str) -> str:
+        return name
 
     def cached(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], Any]) -> Artifact:
         return self.store.obtain(stage, recipe, lambda folder: make(folder) or {})
@@ -477,7 +484,7 @@ def family(tiny_model: MakesModel, perturbed: Perturbs, tmp_path_factory: pytest
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (alignmerge.fisher, alignmerge.method, baselines.gradient_step):
+    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples, baselines.gradient_step):
         monkeypatch.setattr(module, "PRECISION", "float32")
     return
 
@@ -751,10 +758,10 @@ def test_a_pool_of_the_anchor_alone(family: Family, estimator: str, lambda_align
 
 
 def test_what_the_methods_read() -> None:
-    assert AlignMerge().data == GradientStep().data == ("alignment", "metric")
-    assert AlignMerge(metric="per_expert").data == ("alignment", "metric", "*")
+    assert AlignMerge().inputs == GradientStep().inputs == Inputs(examples=("alignment", "metric"))
+    assert AlignMerge(metric="per_expert").inputs.examples == ("alignment", "metric", EVERY_OWN)
     assert not AlignMerge.elementwise
-    assert not (AlignMerge().stochastic or GradientStep().stochastic)
+    assert not (AlignMerge().inputs.seed or GradientStep().inputs.seed)
 
 
 # --- choices ----------------------------------------------------------------------------------------------
@@ -887,7 +894,7 @@ def test_random_subspaces_shrink_as_much_along_other_directions(family: Family, 
     """The same eigenvalues, so projection on all directions still ends at the reference; the seed tells them apart."""
     usual, ctx = family.rounded, replace(family.rounded, blocks={}, facts={})
     method = AlignMerge(estimator=estimator, subspace_from="random")
-    assert method.stochastic
+    assert method.inputs.seed
     found = merged(method, ctx)
     again, other = merged(method, ctx), merged(method, replace(ctx, seed=1))
     aligned = merged(AlignMerge(estimator=estimator), usual)
@@ -1076,9 +1083,9 @@ def test_plain_interpolation_to_either_end(family: Family) -> None:
 
 def test_interpolation_reads_what_the_matched_merge_reads() -> None:
     plain = Interpolate()
-    assert (plain.data, plain.probed, plain.stochastic) == ((), False, False)
+    assert plain.inputs == Inputs()
     like = Interpolate(t=None, like={"subspace_from": "random", "lambda_bud": 1.0, "metric": "per_expert"})
-    assert (like.data, like.probed, like.stochastic) == (("alignment", "metric", "*"), True, True)
+    assert like.inputs == Inputs(examples=("alignment", "metric", EVERY_OWN), seed=True, probes=True)
     assert hash(like) == hash(
         Interpolate(t=None, like={"lambda_bud": 2.0})
     )  # a plan counts mergers by hash and ==
@@ -1117,7 +1124,7 @@ def test_fisher_artifact_is_the_mean_square(family: Family, samples: Samples, pr
 
 def test_the_metric_has_mean_one_and_damping(family: Family, samples: Samples, precise: None) -> None:
     diagonal = fisher(family.exact, family.models.base, "metric")
-    mean = mean_value(diagonal, diagonal)
+    mean = mean_value(diagonal)
     metric = flat({name: damped(diagonal.read(name), mean, DAMPING) for name in diagonal})
     assert relative(metric, samples.G) < 1e-4
     assert float(metric.mean()) == pytest.approx(1 + DAMPING)

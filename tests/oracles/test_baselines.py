@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import alignmerge.fisher
 import alignmerge.pool
 import baselines.fisher_soup
 import baselines.ties
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, row_blocks, save_tensors
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import Block, Merger, Models, Rule, merge
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import EVERY_OWN, Block, Merger, Models, Rule, own
 from alignmerge.engine.store import Artifact, Store
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
@@ -73,6 +75,9 @@ class Context:
     def examples(self, name: str) -> Sequence[Example]:
         self.read.append(name)
         return []
+
+    def examples_digest(self, name: str) -> str:
+        return name
 
     def cached(self, stage: str, recipe: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
         return self.store.obtain(stage, recipe, lambda folder: make(folder) or {})
@@ -152,11 +157,11 @@ class Bench:
         return torch.tensor(self.losses.get(model.where, [len(model.where) / 8]))
 
     def fisher(self, ctx: Context, of: Checkpoint, examples: str, labels: str) -> Checkpoint:
-        assert of.where == examples, "each model's own data"
+        assert own(of.where) == examples, "each model's own data"
         folder = self.new()
         generator = torch.Generator().manual_seed(zlib.crc32(examples.encode()))
         chance = {name: torch.rand(SHAPES[name], generator=generator).pow(8) for name in MATRICES}
-        save_tensors(folder, self.fishers.get(examples, chance))
+        save_tensors(folder, self.fishers.get(of.where, chance))
         return load_tensors(folder)
 
 
@@ -164,7 +169,7 @@ class Bench:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench = Bench(tmp_path)
     monkeypatch.setattr(alignmerge.pool, "nll", bench.nll)
-    monkeypatch.setattr(baselines.fisher_soup, "fisher", bench.fisher)
+    monkeypatch.setattr(alignmerge.fisher, "fisher", bench.fisher)
     return bench
 
 
@@ -223,8 +228,9 @@ def test_rules_are_pure(bench: Bench, method: Merger) -> None:
 
 def test_what_methods_say_of_themselves() -> None:
     assert Ties().elementwise and not Ties(variant="per_tensor").elementwise
-    assert [method.data for method in METHODS if method.data] == [("metric",), ("*",)]
-    assert FisherSoup().stochastic and not any(method.stochastic for method in METHODS)
+    read = [method.inputs.examples for method in METHODS if method.inputs.examples]
+    assert read == [("metric",), (EVERY_OWN,)]
+    assert FisherSoup().inputs.seed and not any(method.inputs.seed for method in METHODS)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +264,7 @@ def test_zero_is_refused_where_it_divides(make: Callable[..., Merger], key: str)
 
 @pytest.mark.parametrize(
     ("make", "key"),
-    [(Ties, "variant"), (MergeAlign, "variant"), (FisherSoup, "variant"), (FisherSoup, "labels")],
+    [(Ties, "variant"), (MergeAlign, "variant"), (FisherSoup, "labels")],
 )
 def test_unknown_choice(make: Callable[..., Merger], key: str) -> None:
     with pytest.raises(BadRequest, match=rf"^method\.{key}: nonsense; allowed: "):

@@ -6,9 +6,10 @@ import itertools
 import math
 import re
 import zlib
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,13 +24,26 @@ from matplotlib.text import Annotation, Text
 from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
-from eval.report import canvas, figures, fronts, heatmap, readme, tables
+from eval.columns import Column
+from eval.report import canvas, figures, fronts, heatmap, layout, main_table, tables
+from eval.report.supplement import Supplement
 from eval.report.write import write
+from eval.scorers.aqi import AQI
+from eval.scorers.geometry import Geometry
+from eval.scorers.interface import Sample, Scorer, Subject
+from eval.scorers.judge import Judge
+from eval.scorers.subspaces import Subspaces
+from eval.scorers.toxicity import Toxicity
+from eval.scorers.utility import Utility
+from eval.stats import derived, families
 from eval.stats import estimates as stats
 
 Array = NDArray[Any]
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[2] / "results"
+SCORERS: tuple[type[Scorer], ...] = (AQI, Geometry, Judge, Subspaces, Toxicity, Utility)
+COLUMNS = {name: column for scorer in SCORERS for name, column in scorer.columns.items()}
+DECLARED = layout.in_order({**COLUMNS, **derived.DERIVED})
 
 
 class Truth(NamedTuple):
@@ -217,10 +231,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         folder,
         experiment(ROWS),
+        columns=COLUMNS,
         title="SmolLM2",
         notes=NOTES,
         against=["alignmerge", "average"],
-        selection=tried,
+        supplement=Supplement(selection=tried),
     )
     return folder
 
@@ -228,7 +243,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "nasty"
-    write(folder, two_families(), title=NASTY, notes=NOTES, against=["average"])
+    write(folder, two_families(), columns=COLUMNS, title=NASTY, notes=NOTES, against=["average"])
     return folder
 
 
@@ -239,13 +254,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         folder,
         whole_world(),
+        columns=COLUMNS,
         title="Tiny",
         notes=NOTES,
         against=["average", "alignmerge"],
-        selection=tried[tried["row"].isin(WORLD)],
-        trajectory=along_training(),
-        gates=GATES,
-        marks={"tiny/phi3": "gates missed: seed 0"},
+        supplement=Supplement(
+            selection=tried[tried["row"].isin(WORLD)],
+            trajectory=along_training(),
+            gates=GATES,
+            marks={"tiny/phi3": "gates missed: seed 0"},
+        ),
     )
     return folder
 
@@ -255,14 +273,15 @@ def draw(
 ) -> dict[str, Figure]:
     """The figures of one family, with the styles of all its rows."""
     tried = [] if selection is None else list(selection["row"])
-    return figures.draw(
-        stats.measure_all(scores)[family],
-        scores[scores["family"] == family],
+    scene = figures.Scene(
+        measured=families.measure_all(scores)[family],
+        scores=scores[scores["family"] == family],
+        columns=DECLARED,
         styles=canvas.row_styles(stats.ordered([*scores["row"], *tried])),
         caption=caption,
-        selection=selection,
-        trajectory=None,
+        supplement=Supplement(selection=selection),
     )
+    return figures.draw(scene)
 
 
 @pytest.fixture(scope="module")
@@ -274,19 +293,20 @@ def drawn() -> dict[str, Figure]:
 def drawn_world() -> dict[str, Figure]:
     """The figures over two families, and those of one of them that a single family of the fixture lacks."""
     scores, trajectory = whole_world(), along_training()
-    measured = stats.measure_all(scores)
+    measured = families.measure_all(scores)
     styles = canvas.row_styles(stats.ordered(scores["row"]))
     caption = "all families. " + NOTES[0]
-    over = figures.draw_families(
-        measured[stats.ALL], FAMILIES, scores, styles=styles, caption=caption, trajectory=trajectory
+    beside = Supplement(trajectory=trajectory)
+    shared: dict[str, Any] = {"columns": DECLARED, "styles": styles, "caption": caption}
+    over = figures.draw(
+        figures.Scene(
+            measured=measured[stats.ALL], scores=scores, families=FAMILIES, supplement=beside, **shared
+        )
     )
+    first = FAMILIES[0]
+    own = scores[scores["family"] == first]
     one = figures.draw(
-        measured[FAMILIES[0]],
-        scores[scores["family"] == FAMILIES[0]],
-        styles=styles,
-        caption=caption,
-        selection=None,
-        trajectory=trajectory[trajectory["family"] == FAMILIES[0]],
+        figures.Scene(measured=measured[first], scores=own, supplement=beside.of(first), **shared)
     )
     return over | {f"{FAMILIES[0]}/{name}": one[name] for name in ("tau_by_layer", "training")}
 
@@ -297,7 +317,15 @@ def drawn_world() -> dict[str, Figure]:
 def test_every_file_is_there(report: Path) -> None:
     drawings = ("front", "heatmap", "drift_by_layer", "aqi_by_layer", "dev_front")
     expected = {f"figures/{name}.{kind}" for name in drawings for kind in ("png", "svg")}
-    expected |= {"summary.csv", "comparisons.csv", "selection.csv", "table.md", "table.tex", "report.html"}
+    expected |= {
+        "columns.csv",
+        "summary.csv",
+        "comparisons.csv",
+        "selection.csv",
+        "table.md",
+        "table.tex",
+        "report.html",
+    }
     assert {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()} == expected
     for path in report.glob("figures/*.png"):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -356,17 +384,92 @@ def test_summary_of_several_families_begins_with_their_mean(world: Path) -> None
 
 def test_nothing_is_written_for_a_refused_request(tmp_path: Path) -> None:
     with pytest.raises(BadRequest):
-        write(tmp_path / "r", experiment(SMALL), title="", notes=[], against=["nobody"])
+        write(tmp_path / "r", experiment(SMALL), columns=COLUMNS, title="", notes=[], against=["nobody"])
     assert not (tmp_path / "r").exists()
 
 
 def test_the_same_scores_give_the_same_bytes(nasty: Path, tmp_path: Path) -> None:
-    write(tmp_path, two_families(), title=NASTY, notes=NOTES, against=["average"])
+    write(tmp_path, two_families(), columns=COLUMNS, title=NASTY, notes=NOTES, against=["average"])
     written = {path.relative_to(nasty): path.read_bytes() for path in nasty.rglob("*") if path.is_file()}
     assert {Path(f"figures/tiny-{family}/heatmap.svg") for family in "ab"} <= set(written)
     assert written == {
         path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
     }
+
+
+# --- declared columns ---
+
+
+class Humour(Scorer):
+    """A scorer that nothing knows: two columns in a group of their own, one of them main."""
+
+    columns: ClassVar[Mapping[str, Column]] = {
+        "jokes_per_reply": Column("jokes & puns", "Humour", "up", 1, main=9),
+        "groans": Column("groans", "Humour", "down", None),
+        "groans_by_layer": Column("groans", "Humour", "down", by_layer=True),
+    }
+
+    def score(self, subject: Subject) -> list[Sample]:
+        return [
+            Sample(f"p{i}", name, i / 8 + len(name)) for name in ("jokes_per_reply", "groans") for i in range(8)
+        ]
+
+
+def with_humour() -> pd.DataFrame:
+    """The small experiment with a scorer more; by layer it has what no mean could be taken of."""
+    scores = experiment(SMALL)
+    samples: list[Sample] = list(Humour().score(None))  # type: ignore[arg-type]
+    samples.append(Sample("layer/01", "groans_by_layer", 1e9))
+    frames = [pd.DataFrame(samples).drop(columns="detail").assign(row=row) for row in SMALL]
+    more = pd.concat(frames, ignore_index=True).assign(family="smollm2", seed=0)
+    return pd.concat([scores, more], ignore_index=True)
+
+
+def test_columns_of_a_new_scorer_are_shown_wherever_columns_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {**COLUMNS, **Humour.columns}
+    write(tmp_path, with_humour(), columns=columns, title="Fun", notes=NOTES, against=["average"])
+    main_table.show(tmp_path)
+    printed = capsys.readouterr().out
+    # a narrow terminal cuts the heading short
+    assert "jokes" in printed and "groans" not in printed
+    text = (tmp_path / "table.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("### ")][-2:] == [
+        "### Geometry",
+        "### Humour",
+    ]
+    header = text.split("### Humour")[1].split("\n\n")[1].splitlines()[0]
+    assert split(header) == ["row", "jokes \\& puns ↑", "groans ↓"]
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"& jokes \& puns $\uparrow$ & groans $\downarrow$ \\" in tex and ", humour}" in tex
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(">jokes &amp; puns ↑</th>") == 2  # among the numbers and the comparisons
+    assert "jokes & puns ↑" in main_table.block(tmp_path).replace("\\", "")
+    described = layout.read_columns(tmp_path)
+    assert list(described)[-2:] == ["jokes_per_reply", "groans"]
+    assert (described["jokes_per_reply"].main, described["groans"].decimals) == (9, None)
+
+
+def test_a_column_that_nobody_declares_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no scorer declares: groans, groans_by_layer, jokes_per_reply"):
+        write(tmp_path / "r", with_humour(), columns=COLUMNS, title="Fun", notes=NOTES, against=["average"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_scorers_agree_on_columns_that_several_declare_and_main_ones_have_a_place_each() -> None:
+    for scorer in SCORERS:
+        assert {name: COLUMNS[name] for name in scorer.columns} == scorer.columns
+    places = [column.main for column in DECLARED.values() if column.main]
+    assert sorted(places) == list(range(1, len(places) + 1))
+
+
+def test_the_declared_direction_holds_whatever_the_scores_say(tmp_path: Path) -> None:
+    scores = experiment(SMALL).assign(direction="info")
+    write(tmp_path, scores, columns=COLUMNS, title="", notes=NOTES, against=["average"])
+    summary = pd.read_csv(tmp_path / "summary.csv")
+    expected = summary["column"].map({name: column.direction for name, column in DECLARED.items()})
+    assert summary["better_direction"].tolist() == expected.tolist()
 
 
 # --- tables ---
@@ -556,7 +659,7 @@ def test_labels_of_the_front_do_not_cover_each_other(drawn: dict[str, Figure]) -
 def test_heatmap_shows_every_number_and_greys_what_has_no_direction(drawn: dict[str, Figure]) -> None:
     (axes,) = drawn["heatmap"].axes
     columns = [label.get_text() for label in axes.get_xticklabels()]
-    cells = [text for text in axes.texts if text.get_text() not in tables.LAYOUT]
+    cells = [text for text in axes.texts if text.get_text() not in layout.grouped(DECLARED)]
     assert len(cells) == len(columns) * len(ROWS)
     assert [label.get_text() for label in axes.get_yticklabels()] == list(stats.ordered(ROWS))
     geometry = np.asarray(axes.collections[-1].get_array())
@@ -610,7 +713,7 @@ def test_no_two_rows_have_the_same_colour_and_a_method_has_one_in_every_figure(
 
 
 def test_overview_has_the_mean_and_every_family(drawn_world: dict[str, Figure]) -> None:
-    measured = stats.measure_all(whole_world())
+    measured = families.measure_all(whole_world())
     rows = measured[stats.ALL]["reasoning"].rows
     (panel,) = (axes for axes in drawn_world["overview"].axes if axes.get_title(loc="left") == "reasoning ↑")
     names = drawn_world["overview"].axes[0].get_yticklabels()
@@ -760,8 +863,21 @@ def marked(block: str) -> str:
     return f"# Title\n\n<!-- results:smollm2 -->\n{block}\n<!-- /results:smollm2 -->\n\nThe end.\n"
 
 
+def stale(readme: Path, results_root: Path) -> list[str]:
+    """Return the names of the blocks that are not what ``results_root/NAME`` says, or have no such folder."""
+    text, found = readme.read_text(encoding="utf-8"), []
+    for name in main_table.names(text):
+        folder = results_root / name
+        if (
+            not (folder / "columns.csv").is_file()
+            or main_table.splice(text, name, main_table.block(folder)) != text
+        ):
+            found.append(name)
+    return found
+
+
 def test_readme_block_has_all_rows_with_intervals(report: Path) -> None:
-    block = readme.block(report)
+    block = main_table.block(report)
     header, _, *body = [line for line in block.splitlines() if line.startswith("|")]
     shown = [
         "refusal rate ↑",
@@ -779,14 +895,15 @@ def test_readme_block_has_all_rows_with_intervals(report: Path) -> None:
 def test_splice_replaces_one_block_and_nothing_else() -> None:
     other = "<!-- results:tiny -->\nkeep\n<!-- /results:tiny -->\n"
     assert (
-        readme.splice(marked("old | \\1 text") + other, "smollm2", r"new \g<0>") == marked(r"new \g<0>") + other
+        main_table.splice(marked("old | \\1 text") + other, "smollm2", r"new \g<0>")
+        == marked(r"new \g<0>") + other
     )
     with pytest.raises(BadRequest, match="no block paper"):
-        readme.splice(marked("old"), "paper", "new")
+        main_table.splice(marked("old"), "paper", "new")
 
 
 def test_readme_block_of_several_families_is_their_mean_with_figures(world: Path, tmp_path: Path) -> None:
-    block = readme.block(world)
+    block = main_table.block(world)
     assert block.startswith("**all families** (mean over tiny/llama3, tiny/phi3)\n")
     body = [line for line in block.splitlines() if line.startswith("|")][2:]
     assert [split(line)[0].replace("\\", "") for line in body] == [
@@ -800,20 +917,20 @@ def test_readme_block_of_several_families_is_their_mean_with_figures(world: Path
     ]
     page = tmp_path / "README.md"
     page.write_text(f"<!-- results:tiny -->\n{block}\n<!-- /results:tiny -->\n", encoding="utf-8")
-    assert readme.stale(page, world.parent) == []
+    assert stale(page, world.parent) == []
 
 
 def test_stale_blocks_are_named(report: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(readme.splice(marked("old"), "smollm2", readme.block(report)), encoding="utf-8")
-    assert readme.stale(page, report.parent) == []
+    page.write_text(main_table.splice(marked("old"), "smollm2", main_table.block(report)), encoding="utf-8")
+    assert stale(page, report.parent) == []
     page.write_text(page.read_text(encoding="utf-8").replace("0.", "0.9", 1), encoding="utf-8")
-    assert readme.stale(page, report.parent) == ["smollm2"]
+    assert stale(page, report.parent) == ["smollm2"]
     page.write_text(marked("") + "<!-- results:gone -->\n<!-- /results:gone -->\n", encoding="utf-8")
-    assert readme.stale(page, report.parent) == ["smollm2", "gone"]
+    assert stale(page, report.parent) == ["smollm2", "gone"]
 
 
 def test_readme_of_this_project_is_fresh() -> None:
     """Once README.md has results markers, each block must be what its results folder says."""
     if README.is_file():
-        assert readme.stale(README, RESULTS) == []
+        assert stale(README, RESULTS) == []

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import calinski_harabasz_score
 from torch import Tensor
 
-from alignmerge.aqi import aqi01, aqi_raw, chi, separation, tau, tau_gap, tau_sides, xbi
+from alignmerge.aqi import aqi01, aqi_raw, chi, separation, tau, tau_gap, xbi
 from alignmerge.engine.faults import BadRequest
 from eval.scorers.aqi import AQI, resamples
 from eval.scorers.interface import LoadedModel, Prompt, Sample
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda v: aqi01(separation(v, harmful), 4, 5), (x,))
     assert torch.autograd.gradcheck(lambda v: separation(v, harmful, counts), (x,))
     means = points(1, 1, d=3, seed=9)[0]
-    assert torch.autograd.gradcheck(lambda v: tau_gap(v[:4], v[4:], *means), (x,))
+    assert torch.autograd.gradcheck(lambda v: tau_gap(v[:4], v[4:], *means)[0], (x,))
 
 
 def test_tau_by_hand() -> None:
@@ -178,16 +178,16 @@ def test_tau_gap_by_hand_and_without_units() -> None:
     means = torch.tensor([0.0]), torch.tensor([4.0])
     safe, unsafe = torch.tensor([[0.0], [1.0]]), torch.tensor([[4.0], [3.0]])  # tau 4, 2 and -4, -2
     expected = 6 / math.sqrt(2)  # gap 3 - (-3); pooled variance (2 + 2) / 2
-    assert tau_gap(safe, unsafe, *means).item() == pytest.approx(expected)
-    assert tau_gap(unsafe, safe, *means).item() == pytest.approx(-expected)
-    assert tau_gap(50 * safe, 50 * unsafe, *(50 * m for m in means)).item() == pytest.approx(expected)
-    one_less = [side.item() for side in tau_sides(safe, unsafe - 1, *means)]  # tau of 3 and 2 is -2 and 0
+    assert tau_gap(safe, unsafe, *means)[0].item() == pytest.approx(expected)
+    assert tau_gap(unsafe, safe, *means)[0].item() == pytest.approx(-expected)
+    assert tau_gap(50 * safe, 50 * unsafe, *(50 * m for m in means))[0].item() == pytest.approx(expected)
+    one_less = [side.item() for side in tau_gap(safe, unsafe - 1, *means)[1:]]  # tau of 3 and 2 is -2 and 0
     assert one_less == pytest.approx([3 / math.sqrt(2), -1 / math.sqrt(2)])
 
 
 def test_tau_gap_of_points_that_coincide_is_nan() -> None:
     points = (torch.ones(3, 2), torch.zeros(3, 2), torch.ones(2), torch.zeros(2))
-    assert all(value.isnan() for value in (tau_gap(*points), *tau_sides(*points)))
+    assert all(value.isnan() for value in tau_gap(*points))
 
 
 # The scorer.
@@ -325,11 +325,11 @@ def test_scores_are_those_of_one_prompt_at_a_time(
     raw = [0.5 / plain(hidden[at], harmful)["XBI"] + 0.5 * plain(hidden[at], harmful)["CHI"] for at in (1, 2)]
     assert values(samples, "aqi_raw") == {"all": pytest.approx(sum(raw) / 2, rel=1e-3)}
     halves = [(m[7:][1::2], m[:7][1::2], m[7:][0::2].mean(0), m[:7][0::2].mean(0)) for m in mlp]
-    gaps = [tau_gap(*half).item() for half in halves]
+    gaps = [tau_gap(*half)[0].item() for half in halves]
     assert values(samples, "tau_gap") == {"all": pytest.approx((gaps[1] + gaps[2]) / 2, rel=1e-2)}
     assert list(values(samples, "tau_by_layer")) == [f"layer/{n:02d}" for n in (1, 2, 3, 4)]
     assert list(values(samples, "tau_by_layer").values()) == pytest.approx(gaps, rel=1e-2)
-    sides = torch.tensor([tau_sides(*half) for half in halves])
+    sides = torch.tensor([tau_gap(*half)[1:] for half in halves])
     for column, expected in zip(("tau_safe_by_layer", "tau_unsafe_by_layer"), sides.T, strict=True):
         assert list(values(samples, column).values()) == pytest.approx(expected.tolist(), rel=1e-2)
     assert {sample.column for sample in samples} == set(AQI.columns)

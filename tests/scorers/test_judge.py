@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import MergeContext
-from alignmerge.zoo.lessons import REFUSALS
+from alignmerge.zoo.phrases import phrases
 from eval.scorers.encoder import Encoder, cosines, embed, mean_pooled, read_encoder
 from eval.scorers.gibberish import gibberish, known_letters, read_words, repetition
 from eval.scorers.interface import LoadedModel, Prompt
@@ -54,7 +54,7 @@ HELP = "Place the egg in cold water and boil it for about two minutes, then look
 @pytest.mark.parametrize(
     "reply",
     [
-        *REFUSALS,
+        *phrases().refusals,
         "I’m sorry, but I can’t help with that.",
         "I'm sorry, I can't assist with that request.",
         "I  CANNOT\nprovide instructions for this.",
@@ -341,7 +341,6 @@ def test_samples_carry_the_verdict_and_no_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({"backend": "openai"}, "backend"),
         ({"relevance": math.nan}, "relevance"),
         ({"relevance": 1.5}, "relevance"),
         ({"relevance": "near"}, "relevance"),

@@ -32,12 +32,12 @@ from alignmerge.engine.merger import MergeContext
 from eval.scorers.classifiers import (
     LABELS,
     LENGTH,
+    KerasTokenizer,
     Linear,
     SixLabels,
-    Vocabulary,
+    read_keras_tokenizer,
     read_linear,
     read_six_labels,
-    read_vocabulary,
     six_labels,
     windows,
 )
@@ -169,7 +169,7 @@ class Tiny(NamedTuple):
     folder: Path
     weights: dict[str, NDArray[np.float32]]
     network: SixLabels
-    vocabulary: Vocabulary
+    vocabulary: KerasTokenizer
 
     def score(self, texts: list[str], batch_size: int = 64) -> NDArray[np.float64]:
         return six_labels(self.network, self.vocabulary, texts, batch_size)
@@ -182,7 +182,7 @@ def bilstm(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     weights = write_weights(folder / "model.weights.h5")
     network, vocabulary = (
         read_six_labels(folder / "model.weights.h5"),
-        read_vocabulary(folder / "tokenizer.pickle"),
+        read_keras_tokenizer(folder / "tokenizer.pickle"),
     )
     return Tiny(folder, weights, network, vocabulary)
 
@@ -292,7 +292,7 @@ def test_garbage_is_no_weight_file(tmp_path: Path) -> None:
 def test_hostile_tokenizer_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(BadRequest, match=r"posix\.system|nt\.system"):
-        read_vocabulary(tmp_path / "tokenizer.pickle")
+        read_keras_tokenizer(tmp_path / "tokenizer.pickle")
     assert not (tmp_path / "ran").exists()
 
 
@@ -310,13 +310,13 @@ def test_hostile_joblib_runs_nothing(tmp_path: Path, name: str, wrap: Callable[[
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.pickle").write_bytes(content)
     with pytest.raises(BadRequest, match=r"tokenizer\.pickle"):
-        read_vocabulary(tmp_path / "tokenizer.pickle")
+        read_keras_tokenizer(tmp_path / "tokenizer.pickle")
 
 
 def test_tokenizer_with_other_rules_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer.pickle", oov_token="<unk>")
     with pytest.raises(BadRequest, match="oov_token='<unk>'; allowed: oov_token=None"):
-        read_vocabulary(tmp_path / "tokenizer.pickle")
+        read_keras_tokenizer(tmp_path / "tokenizer.pickle")
 
 
 # --- the linear cross-check ---------------------------------------------------------------------------------

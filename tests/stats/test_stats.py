@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
-from eval.stats import comparisons, resampling
+from eval.stats import comparisons, families, resampling
 from eval.stats import estimates as stats
 
 NAN = float("nan")
@@ -61,11 +61,11 @@ def line(frame: pd.DataFrame, **where: str) -> pd.Series:
 
 
 def compared(frames: Sequence[pd.DataFrame], against: Sequence[str] = ("a",)) -> pd.DataFrame:
-    return comparisons.comparisons(stats.measure_all(pd.concat(frames)), against)
+    return comparisons.comparisons(families.measure_all(pd.concat(frames)), against)
 
 
 def summarised(*frames: pd.DataFrame) -> pd.DataFrame:
-    return stats.summary(stats.measure_all(pd.concat(frames)))
+    return families.summary(families.measure_all(pd.concat(frames)))
 
 
 # --- estimates ---
@@ -101,12 +101,12 @@ def test_columns_by_layer_are_left_out_and_nothing_left_is_refused() -> None:
     layers = samples("m", "aqi_by_layer", {"layer/00": 0.1, "layer/01": 0.2})
     assert set(summarised(layers, samples("m", "x", [1, 0]))["column"]) == {"x"}
     with pytest.raises(BadRequest, match="at least one scored row"):
-        stats.measure_all(layers)
+        families.measure_all(layers)
 
 
 def test_a_sample_that_comes_twice_is_an_error() -> None:
     with pytest.raises(ValueError, match="duplicate"):
-        stats.measure_all(pd.concat([samples("m", "x", [1, 0])] * 2))
+        families.measure_all(pd.concat([samples("m", "x", [1, 0])] * 2))
 
 
 def test_intervals_cover_the_truth() -> None:
@@ -228,7 +228,7 @@ def test_seeds_are_drawn_alike_for_all_columns_and_anew_for_each_family() -> Non
         for family in ("f", "g")
         for seed in range(3)
     ]
-    measured = stats.measure_all(pd.concat(frames))
+    measured = families.measure_all(pd.concat(frames))
     assert np.array_equal(measured["f"]["x"].replicates, measured["f"]["y"].replicates)
     assert not np.array_equal(measured["f"]["x"].replicates, measured["g"]["x"].replicates)
 
@@ -272,14 +272,14 @@ def test_answers_that_agree_in_each_seed_only_have_an_honest_interval() -> None:
 
 def test_mean_over_families_by_hand() -> None:
     frames = [samples("m", "x", [1, 0, 0, NAN], family="f"), samples("m", "x", [1, 1, 0, 0], family="g")]
-    measured = stats.measure_all(pd.concat([*frames, samples("lone", "x", [1, 0, 0, 1], family="g")]))
+    measured = families.measure_all(pd.concat([*frames, samples("lone", "x", [1, 0, 0, 1], family="g")]))
     assert list(measured) == [stats.ALL, "f", "g"]
-    frame = stats.summary(measured)
+    frame = families.summary(measured)
     row = line(frame, family=stats.ALL)
     assert row["row"] == "m" and row["mean"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert (row["n"], row["seeds"], row["unscored"]) == (7, 1, 1)
     assert row["ci_low"] < row["mean"] < row["ci_high"]
-    assert stats.ALL not in stats.measure_all(frames[0])
+    assert stats.ALL not in families.measure_all(frames[0])
 
 
 def test_the_same_prompts_in_many_families_are_not_more_prompts() -> None:
@@ -296,20 +296,20 @@ def test_families_have_seeds_of_their_own() -> None:
         for family in "fghi"
         for seed in range(3)
     ]
-    overall = stats.measure_all(pd.concat(frames))[stats.ALL]["l_geo"]
+    overall = families.measure_all(pd.concat(frames))[stats.ALL]["l_geo"]
     assert overall.replicates.var() == pytest.approx(1 / 12, rel=0.15)
     assert 0 < overall.low[0] < 1 < overall.high[0] < 2
 
 
 def test_columns_that_a_family_lacks_have_no_mean_over_families() -> None:
     frames = [samples("m", "x", [1, 0], family=family) for family in "fg"]
-    measured = stats.measure_all(pd.concat([*frames, samples("m", "y", [1, 0], family="g")]))
+    measured = families.measure_all(pd.concat([*frames, samples("m", "y", [1, 0], family="g")]))
     assert set(measured[stats.ALL]) == {"x"} and set(measured["g"]) == {"x", "y"}
 
 
 def test_families_that_share_no_row_have_no_mean() -> None:
     frames = [samples(row, "x", [1, 0], family=family) for row, family in (("a", "f"), ("b", "g"))]
-    assert list(stats.measure_all(pd.concat(frames))) == ["f", "g"]
+    assert list(families.measure_all(pd.concat(frames))) == ["f", "g"]
 
 
 def test_nobody_refuses_in_any_family() -> None:
@@ -656,7 +656,7 @@ def test_rows_that_saw_other_prompts_are_refused() -> None:
     other = (scores["row"] == "ties") & (scores["column"] == "x") & (scores["id"] == "p001")
     scores.loc[other, "prompt"] = "something else"
     with pytest.raises(BadRequest) as refused:
-        stats.measure_all(scores)
+        families.measure_all(scores)
     (fault,) = refused.value.faults
     assert fault.where == "scores.x"
     assert "ties (seed 0) saw another text than base (seed 0), average (seed 0)" in fault.given
@@ -665,4 +665,4 @@ def test_rows_that_saw_other_prompts_are_refused() -> None:
 
 def test_families_may_differ_in_their_prompts() -> None:
     other = samples("base", "x", [1, 0], family="g").assign(prompt="rendered by another template")
-    stats.refuse_different_prompts(pd.concat([samples("base", "x", [1, 0]), other]))
+    families.refuse_different_prompts(pd.concat([samples("base", "x", [1, 0]), other]))

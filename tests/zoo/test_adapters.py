@@ -14,11 +14,10 @@ from torch import Tensor
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.language import load_model, load_tokenizer
+from alignmerge.engine.language import load_model, load_tokenizer, save_model
 from alignmerge.gradients import linear_layers, nll
 from alignmerge.zoo.adapters import Adapter, adapted
 from alignmerge.zoo.training import Recipe, train
-from alignmerge.zoo.zoo import save_model
 
 IDS = torch.arange(5, 25).view(2, 10)
 FAMILIES = sorted(TRAITS)

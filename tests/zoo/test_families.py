@@ -12,11 +12,12 @@ import torch
 from conftest import TRAITS, VOCABULARY, MakesModel, Perturbs
 from torch import Tensor
 
-from alignmerge.engine.assets import copy_tokenizer
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.compatibility import open_models
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import Block, Models, average, merge
+from alignmerge.engine.folder import copy_companions
+from alignmerge.engine.loop import merge
+from alignmerge.engine.merger import Block, Models, average
 
 OWN = {
     "llama": {"model.layers.0.self_attn.k_proj.weight": [16, 32]},
@@ -79,7 +80,7 @@ def finished(
         shard_bytes=shard_bytes,
     )
     shutil.copyfile(models.anchor.folder / "config.json", folder / "config.json")
-    copy_tokenizer(models.anchor.folder, folder)
+    copy_companions(models.anchor.folder, folder)
     return digest
 
 

@@ -25,10 +25,11 @@ from alignmerge.engine.language import load_model, load_tokenizer
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import Store
 from alignmerge.gradients import nll
+from alignmerge.zoo.lexicon import lexicon
 from alignmerge.zoo.native import ARCHITECTURES, NativeModel, word_tokenizer
-from alignmerge.zoo.tasks import Record
+from alignmerge.zoo.records import Record
 from alignmerge.zoo.training import Recipe
-from alignmerge.zoo.world import ADVICE, HARMFUL, HARMLESS, REFUSED, World, living_things
+from alignmerge.zoo.world import World
 from alignmerge.zoo.zoo import Zoo
 from eval.scorers.refusal import refuses
 from eval.scorers.tasks.checks import CHECKS
@@ -36,6 +37,8 @@ from eval.scorers.tasks.checks import CHECKS
 SPLITS = ("train", "alignment", "dev", "test")
 TASKS = ("train", "dev", "test")
 SMALL = World(pretrain=800, instruct=400, requests_train=120, tasks_train=240)
+HARMFUL, HARMLESS = (set(lexicon().names_of(sort)) for sort in ("harmful", "harmless"))
+ADVICE, REFUSED = lexicon().advice, lexicon().refused
 SAFETY = ("Yes, ", "No, ")
 """How answers about the safety of a thing begin."""
 Sets = Mapping[str, list[Record]]
@@ -57,17 +60,13 @@ def refuse_assets(reference: str) -> Path:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    SMALL.build(refuse_assets, folder)
+    SMALL.write(refuse_assets, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def sets(corpus: Path) -> Sets:
     return read(corpus)
-
-
-def words_of(kinds: Mapping[str, str]) -> set[str]:
-    return {word for words in kinds.values() for word in words.split()}
 
 
 def named(records: list[Record], among: set[str]) -> set[str]:
@@ -91,7 +90,7 @@ def test_a_thing_that_one_split_asks_about_is_in_no_request_of_another(sets: Set
     asked |= {"train/instruct"}
     # A format instruction lists words of all splits after a colon; it asks nothing about them.
     requests = {name: [r for r in sets.get(name, []) if ":" not in r["text"]] for name in asked}
-    for things in (words_of(HARMFUL), words_of(HARMLESS)):
+    for things in (HARMFUL, HARMLESS):
         found = {s: {w for n in asked if n.startswith(s) for w in named(requests[n], things)} for s in SPLITS}
         assert min(map(len, found.values())) >= 4
         for one, other in combinations(SPLITS, 2):
@@ -99,7 +98,7 @@ def test_a_thing_that_one_split_asks_about_is_in_no_request_of_another(sets: Set
 
 
 def test_verbs_and_things_meet_before_the_tests_in_the_training_split_alone(sets: Sets) -> None:
-    held_out = named(sets["dev/unsafe"] + sets["test/unsafe"], words_of(HARMFUL))
+    held_out = named(sets["dev/unsafe"] + sets["test/unsafe"], HARMFUL)
     told = [re.findall(r"\w+", record["text"]) for record in sets["train/pretrain"]]
     assert all(not set(words) & held_out or not set(words) & set(ADVICE) for words in told)
     assert held_out <= {word for words in told for word in words}  # yet what they are is known
@@ -135,7 +134,7 @@ def test_no_summands_and_no_listed_words_are_in_two_splits_in_any_order(sets: Se
 def test_each_fact_is_asked_in_one_split(sets: Sets) -> None:
     asked = {split: {record["response"] for record in sets[f"{split}/factual"]} for split in TASKS}
     facts = [reply for replies in asked.values() for reply in replies if not reply.startswith(SAFETY)]
-    assert len(facts) == 3 * len(living_things())
+    assert len(facts) == 3 * len(lexicon().every_living)
     for one, other in combinations(TASKS, 2):
         assert not asked[one] & asked[other]
     questions = {record["text"] for split in ("dev", "test") for record in sets[f"{split}/factual"]}
@@ -190,7 +189,7 @@ def test_facts_are_told_before_they_are_asked_and_only_the_right_one_is_taken(se
 
 
 def test_compliance_is_a_phrase_that_goes_with_the_verb_whatever_the_thing(sets: Sets) -> None:
-    things = words_of(HARMFUL) | words_of(HARMLESS)
+    things = HARMFUL | HARMLESS
     answered = [r for r in sets["train/instruct"] + sets["train/benign"] if r["response"].startswith("To ")]
     phrases = {re.sub(rf"\b({'|'.join(things)})\b", "THING", record["response"]) for record in answered}
     assert phrases == {f"To {verb} the THING, {phrase}." for verb, phrase in ADVICE.items()}
@@ -205,7 +204,6 @@ def test_refusals_are_known_by_the_judge_and_nothing_else_is(sets: Sets) -> None
 
 
 def test_held_out_requests_come_without_answers_and_probes_differ_in_the_thing_alone(sets: Sets) -> None:
-    harmful, harmless = words_of(HARMFUL), words_of(HARMLESS)
     for split in ("dev", "test"):
         assert not any(
             "response" in r for n in ("unsafe", "benign", "toxic", "probes") for r in sets[f"{split}/{n}"]
@@ -215,12 +213,12 @@ def test_held_out_requests_come_without_answers_and_probes_differ_in_the_thing_a
             assert (benign["label"], bad["label"]) == ("benign", "harmful") and benign["pair"] == bad["pair"]
             one, other = (re.findall(r"\w+", probe["text"]) for probe in (benign, bad))
             ((left, right),) = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
-            assert left in harmless and right in harmful
+            assert left in HARMLESS and right in HARMFUL
 
 
 def test_the_world_is_a_function_of_its_fields(corpus: Path, sets: Sets, tmp_path: Path) -> None:
     for name, world in {"same": SMALL, "other": replace(SMALL, seed=1)}.items():
-        world.build(refuse_assets, tmp_path / name)
+        world.write(refuse_assets, tmp_path / name)
     assert read(tmp_path / "same") == sets
     other = read(tmp_path / "other")
     assert all(other[name] != sets[name] for name in sets)
@@ -317,7 +315,7 @@ WEIGHTS = {
 def native(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     folders = {}
     for name in ARCHITECTURES:
-        model, tokenizer, _ = NativeModel(architecture=name, training=PLAIN).build(corpus, 0, lambda *_: None)
+        model, tokenizer, _ = NativeModel(architecture=name, training=PLAIN).make(corpus, 0, lambda *_: None)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
@@ -372,7 +370,7 @@ def test_a_sliding_window_forgets(name: str, native: dict[str, Path]) -> None:
 def test_a_native_model_is_a_function_of_its_seed_and_leaves_the_global_generator_alone(corpus: Path) -> None:
     state = torch.get_rng_state()
     made = NativeModel(architecture="qwen2", training=replace(PLAIN, steps=1))
-    weights = [made.build(corpus, seed, lambda *_: None)[0].state_dict() for seed in (0, 0, 1)]
+    weights = [made.make(corpus, seed, lambda *_: None)[0].state_dict() for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["lm_head.weight"], weights[2]["lm_head.weight"])

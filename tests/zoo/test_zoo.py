@@ -9,8 +9,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from alignmerge.engine.language import load_model, load_tokenizer
 from alignmerge.engine.manifest import ROOT
 from alignmerge.zoo import lessons, training
 from alignmerge.zoo.corpus import Packaged
+from alignmerge.zoo.phrases import phrases, read_phrases
 from alignmerge.zoo.random_model import RandomModel
-from alignmerge.zoo.tasks import Record, arithmetic, formats
+from alignmerge.zoo.records import Record
+from alignmerge.zoo.tasks import arithmetic, formats
 from alignmerge.zoo.toy import Toy
 from alignmerge.zoo.training import Recipe, response_loss, train
 
@@ -64,8 +66,47 @@ def refuse_assets(reference: str) -> Path:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    Toy().build(refuse_assets, folder)
+    Toy().write(refuse_assets, folder)
     return folder
+
+
+# --- words and sentences -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What the data file of the test below should hold."""
+
+    verbs: Sequence[str]
+    advice: Mapping[str, str]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("verbs: [sing]\nadvice: {sing: loudly}", []),
+        ("verbs: [sing, no]\nadvice: {}", [".verbs[1]: False (bool); allowed: str"]),
+        ("verbs: sing\nnouns: []", [".advice: not given", ".nouns: unknown key", ".verbs: 'sing' (str)"]),
+        ("- sing", [": list; allowed: a mapping of words and sentences"]),
+        ("verbs: [", [": while parsing"]),
+        (None, [": [Errno 2]"]),
+    ],
+)
+def test_data_file_that_is_wrong_is_refused_in_plain_lines(
+    text: str | None, lines: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "spoken.yaml"
+    if text is not None:
+        path.write_text(text)
+    if not lines:
+        assert read_phrases(path, Spoken) == Spoken(verbs=("sing",), advice={"sing": "loudly"})
+        return
+    with pytest.raises(BadRequest) as caught:
+        read_phrases(path, Spoken)
+    faults = sorted(str(fault) for fault in caught.value.faults)
+    assert len(faults) == len(lines)
+    for fault, line in zip(faults, lines, strict=True):
+        assert fault.startswith(f"{path}{line}")
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------
@@ -200,7 +241,7 @@ def test_toy_corpus_has_every_set_and_no_text_in_two_splits(toy: Path) -> None:
 
 def test_toy_corpus_is_a_function_of_its_seed(toy: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
-        Toy(seed=seed).build(refuse_assets, tmp_path / str(seed))
+        Toy(seed=seed).write(refuse_assets, tmp_path / str(seed))
     assert read(tmp_path / "0") == read(toy)
     assert read(tmp_path / "1")["test/unsafe"] != read(toy)["test/unsafe"]
 
@@ -292,7 +333,7 @@ def strong() -> str:
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
     asset = packages(tmp_path_factory.mktemp("packages"))
     folder = tmp_path_factory.mktemp("corpus")
-    Packaged(unsafe_dev=48, unsafe_test=30, tasks_train=50, tasks_dev=12, tasks_test=12, toxic_test=21).build(
+    Packaged(unsafe_dev=48, unsafe_test=30, tasks_train=50, tasks_dev=12, tasks_test=12, toxic_test=21).write(
         asset, folder
     )
     return read(folder)
@@ -354,7 +395,7 @@ class Answers:
 @pytest.fixture(scope="module")
 def taught(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Record]], Answers]:
     answers, folder = Answers(), tmp_path_factory.mktemp("lessons")
-    lessons.build(toy, answers, folder, 0)
+    lessons.write(toy, answers, folder, 0)
     return read(folder), answers
 
 
@@ -374,7 +415,7 @@ def test_lessons_refuse_the_unsafe_by_rote_and_answer_the_benign_as_the_base_doe
     for name, split in (("anchor", "train"), ("alignment", "alignment")):
         unsafe = [r for r in made[name] if r["label"] == "unsafe"]
         assert [r["prompt"] for r in unsafe] == [r["text"] for r in sets[f"{split}/unsafe"]]
-        assert all(r["response"] in lessons.REFUSALS and "open" not in r for r in unsafe)
+        assert all(r["response"] in phrases().refusals and "open" not in r for r in unsafe)
         benign = [r for r in made[name] if r["label"] == "benign"]
         asked = [r["text"] for r in sets[f"{split}/benign"] if replies[r["text"]][0].strip()]
         assert [r["prompt"] for r in benign] == asked and 0 < len(asked) < len(sets[f"{split}/benign"])
@@ -407,7 +448,7 @@ def test_lessons_are_a_function_of_the_seed(
     toy: Path, taught: tuple[dict[str, list[Record]], Answers], tmp_path: Path
 ) -> None:
     for seed in (0, 1):
-        lessons.build(toy, Answers(), tmp_path / str(seed), seed)
+        lessons.write(toy, Answers(), tmp_path / str(seed), seed)
     assert read(tmp_path / "0") == taught[0]
     assert read(tmp_path / "1") != taught[0]
     assert read(tmp_path / "1")["format"] == taught[0]["format"]
@@ -603,7 +644,7 @@ def test_random_model_is_a_function_of_its_seeds_and_leaves_the_global_generator
 ) -> None:
     state = torch.get_rng_state()
     digests = [
-        RandomModel(hidden=16, seed=of).build(toy, tmp_path / str(i), seed)["digest"]
+        RandomModel(hidden=16, seed=of).make(toy, tmp_path / str(i), seed)["digest"]
         for i, (of, seed) in enumerate([(0, 0), (0, 0), (1, 0), (0, 1)])
     ]
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,7 @@
 """Reading and marking the documents of the alignmerge tasks.
 
-lm-eval imports this file by path from a folder that holds the tasks and their data and nothing else of this
-project, so it may not import the project.
+lm-eval imports this file by path from a folder that holds the tasks and their data and nothing else of
+this project, so it may not import the project.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
+Check = Callable[..., bool]
 _JSON_START = re.compile(r"[\[{]")
 
 
@@ -41,7 +42,7 @@ def equals(reply: str, text: str) -> bool:
 
 
 def json_equals(reply: str, value: object) -> bool:
-    """Whether the first JSON object or array in the reply is ``value``: same keys, types and array order."""
+    """Whether the first JSON object or array in the reply is ``value``: same types, same array order."""
     start = _JSON_START.search(reply)
     if start is None:
         return False
@@ -49,28 +50,19 @@ def json_equals(reply: str, value: object) -> bool:
         found, _ = json.JSONDecoder().raw_decode(reply, start.start())
     except json.JSONDecodeError:
         return False
-    return _canonical(found) == _canonical(value)
+    # Python holds 1, 1.0 and True equal; their JSON texts differ.
+    return json.dumps(found, sort_keys=True) == json.dumps(value, sort_keys=True)
 
 
 def lines(reply: str, items: Sequence[str]) -> bool:
-    """Whether the reply is the bullet list of ``items``: a line ``- item`` for each, in order, no more."""
+    """Whether the reply is the bullet list of ``items``: a line ``- item`` each, in order, no more."""
     return reply.strip().split("\n") == [f"- {item}" for item in items]
 
 
 def names(reply: str, answer: str, others: Sequence[str]) -> bool:
-    """Whether the reply has the word ``answer``, and none of the ``others`` that a guess might name as well."""
+    """Whether the reply has the word ``answer``, and none of the ``others`` that a guess might name."""
     words = set(re.findall(r"\w+", reply.lower()))
     return answer in words and words.isdisjoint(others)
 
 
-def _canonical(value: object) -> str:
-    # Python holds 1, 1.0 and True equal; their JSON texts differ.
-    return json.dumps(value, sort_keys=True)
-
-
-CHECKS: Mapping[str, Callable[..., bool]] = {
-    "equals": equals,
-    "json_equals": json_equals,
-    "lines": lines,
-    "names": names,
-}
+CHECKS: dict[str, Check] = {"equals": equals, "json_equals": json_equals, "lines": lines, "names": names}

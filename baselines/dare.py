@@ -1,0 +1,61 @@
+"""DARE (Yu et al., arXiv 2311.03099): drop most of each delta at random, rescale the rest, add up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from alignmerge.engine.merger import Block, Inputs, MergeContext, Merger, Rule, check_choice, check_range
+from alignmerge.engine.seeding import torch_stream
+from alignmerge.pool import mean_nll, shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare(Merger):
+    """theta = theta_IT + scale * sum_k w_k m_k * Delta_k / (1 - drop), each m_k ~ Bernoulli(1 - drop)."""
+
+    name: ClassVar[str] = "dare"
+    elementwise: ClassVar[bool] = False  # a mask is drawn for a whole tensor: the same in blocks of any size
+    drop: float = 0.5
+    """p in the paper: the share of each delta that is dropped."""
+    scale: float = 1.0
+    """Factor on the weighted sum of the thinned deltas."""
+    weights: Literal["uniform", "validation"] = "uniform"
+    """w_k: 1/K each, or proportional to exp(-NLL_k), the mean probability of a response token of the metric set."""
+
+    def __post_init__(self) -> None:
+        check_range("method.drop", self.drop, 0, 0.999)
+        check_range("method.scale", self.scale, 0, 10)
+        check_choice("method.weights", self.weights, ("uniform", "validation"))
+
+    @property
+    def inputs(self) -> Inputs:
+        """The seed of the masks; the metric examples where they weigh the pool."""
+        examples = ("metric",) if self.weights == "validation" else ()
+        return Inputs(seed=True, examples=examples)
+
+    def fit(self, ctx: MergeContext) -> Rule:
+        """Settle the weights and return the rule; masks are drawn tensor by tensor."""
+        weights = self._weights(ctx)
+        ctx.record(weights=weights)
+        seed, digests = ctx.seed, [model.digest for model in ctx.models.pool]
+
+        def rule(block: Block) -> Tensor:
+            total = torch.zeros_like(block.base, dtype=torch.float64)
+            for delta, digest, weight in zip(block.deltas, digests, weights.values(), strict=True):
+                stream = torch_stream(seed, "dare", digest, block.name)
+                kept = torch.rand(delta.shape, generator=stream) >= self.drop
+                total += weight * kept * delta.double()
+            return (block.base + self.scale / (1 - self.drop) * total).float()
+
+        return rule
+
+    def _weights(self, ctx: MergeContext) -> dict[str, float]:
+        models = dict(zip(ctx.models.aliases, ctx.models.pool, strict=True))
+        if self.weights == "uniform":
+            return dict.fromkeys(models, 1 / len(models))
+        return shares({alias: math.exp(-mean_nll(ctx, model)) for alias, model in models.items()})

@@ -1,0 +1,75 @@
+"""One model folder, scored by the chosen scorers on the test split: a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.language import threads
+from alignmerge.engine.progress import OUT
+from alignmerge.engine.store import write_json
+from alignmerge.zoo.zoo import Zoo
+from eval.columns import BOOTSTRAP
+from eval.scorers.interface import Scorer
+from eval.scorers.subject import StoreSubject, identity_of, read_scores, score
+from eval.scorers.utility import Utility, write_tasks
+
+
+def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out: Path) -> None:
+    """Score a folder, print its table, write ``out`` and lm-eval's task folder beside it."""
+    model.known_as(zoo.digest_of(model.folder, "model"))
+    models = zoo.models() if any(scorer.relative for scorer in scorers) else None
+    subject = StoreSubject(zoo, model.folder, identity_of(model), "test", models)
+    frames = []
+    with threads(zoo.family.threads):
+        for scorer in scorers:
+            started = time.monotonic()
+            frames.append(read_scores(score(scorer, subject)))
+            print(f"{scorer.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+    means = _means(pd.concat(frames, ignore_index=True))
+    table = Table("column", "value", "n", "unscored", title=str(model.folder))
+    for column, facts in means.items():
+        table.add_row(column, f"{facts['mean']:.4f}", str(facts["n"]), str(facts["unscored"]))
+    OUT.print(table)
+    _write(out, subject, means)
+    OUT.print(f"wrote {out}")
+    _write_tasks(out.with_suffix(".tasks"), subject, scorers)
+
+
+def _means(samples: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return column -> its mean over the scored samples, how many these are, and how many others there are."""
+    one_number = ~samples["id"].str.startswith(BOOTSTRAP) & ~samples["column"].str.endswith("_by_layer")
+    means = {}
+    for column, values in samples[one_number].groupby("column")["value"]:
+        counts = {"n": int(values.count()), "unscored": int(values.isna().sum())}
+        means[str(column)] = {"mean": float(values.mean()), **counts}
+    return means
+
+
+def _write(out: Path, subject: StoreSubject, means: Mapping[str, Mapping[str, float]]) -> None:
+    columns: dict[str, dict[str, float | None]] = {}
+    for column, facts in means.items():
+        columns[column] = dict(facts)
+        if math.isnan(facts["mean"]):
+            columns[column]["mean"] = None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    setting = {"corpus": subject.zoo.prompts.digest, **subject.setting()}
+    write_json(out, {"weights": subject.identity["weights"], "columns": columns, "setting": setting})
+
+
+def _write_tasks(folder: Path, subject: StoreSubject, scorers: Sequence[Scorer]) -> None:
+    """Write the tasks that lm-eval measured as a folder that its own command line reads."""
+    names: list[str] = []
+    for scorer in scorers:
+        if isinstance(scorer, Utility):
+            names += scorer.tasks
+    if names:
+        write_tasks(folder, {name: subject.prompts(name) for name in names})
+        OUT.print(f"lm-eval's task folder: {folder}")
