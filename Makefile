@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help run smollm2 smoke test lint bench clean
+.PHONY: help run smollm2 smoke test test-cpus lint bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ smoke: $(STAMP) ## The whole path on random tiny models, in minutes
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-cpus: $(STAMP) ## Compare digests on this CPU and on emulated Haswell, Skylake and Rome (needs qemu-user; an hour)
+	command -v qemu-x86_64 > /dev/null || apt-get install -y qemu-user || { apt-get update && apt-get install -y qemu-user; }
+	tests/cpus/compare.sh $(BIN)/python
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

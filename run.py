@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.kernels import fix
+
+fix()  # before anything imports torch or numpy
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which turns them into plain lines
 os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.environ.get("ALIGNMERGE_HUB") is None else "0")

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from alignmerge.engine.kernels import fix
+
+fix()  # as run.py does: before anything imports torch or numpy
+
 VOCABULARY = 97
 """Rows of the embeddings: more than the tokenizer has tokens, as in many real models."""
 SENTENCES = (

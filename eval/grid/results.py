@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from alignmerge.engine.kernels import overridden
 from alignmerge.engine.keys import plain_fields
 from alignmerge.engine.manifest import ROOT, all_versions, file_sha256, git_state, versions
 from alignmerge.engine.store import write_json
@@ -107,7 +108,7 @@ class Findings:
 
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)
-        notes += _notes_on_settings(self.experiment) + _notes_on_judge(self.experiment)
+        notes += _notes_on_settings(self.experiment) + _notes_on_judge(self.experiment) + _notes_on_kernels()
         notes += [f"Gate missed: {line}." for line in missed(self.gates)]
         have = {(one.cell.family, one.cell.row) for one in self.rows}
         absent = []
@@ -165,6 +166,14 @@ def _notes_on_settings(experiment: Experiment) -> list[str]:
     if any(row.swept for row in grid.rows.values()):
         notes.append(f"Swept rows report every setting on the test split, each as ROW{AT}FIELD=VALUE.")
     return notes
+
+
+def _notes_on_kernels() -> list[str]:
+    """Say which switches of the kernels the user has set otherwise."""
+    changed = [f"{variable}={value}" for variable, value in overridden().items()]
+    if not changed:
+        return []
+    return [f"Kernels were not fixed ({', '.join(changed)}): on another CPU the numbers may differ."]
 
 
 def _notes_on_judge(experiment: Experiment) -> list[str]:
