@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from alignmerge.engine.faults import BadRequest
+from eval.columns import BOOTSTRAP
 from eval.grid.cells import CellResult
+from eval.stats.resampling import Floats, interval, resample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +38,63 @@ class Verdict(NamedTuple):
 
     name: str
     measured: float
+    low: float
+    """Ends of the 95 % interval over prompts; NaN where the column is one number without replicates."""
+    high: float
     bound: str
+    counted: str
+    """Of a rate: the prompts that count and how many may, in words."""
     met: bool
+    """False where the whole interval (or the number itself, where there is none) is out of bounds."""
 
 
-def verdicts(gates: Mapping[str, Gate], measured: Sequence[CellResult]) -> list[Verdict]:
-    """Hold each gate against the measured rows; a row that was not measured fails its gate."""
-    means = {one.cell.row: one.frame.groupby("column")["value"].mean().to_dict() for one in measured}
+def verdicts(gates: Mapping[str, Gate], results: Sequence[CellResult]) -> list[Verdict]:
+    """Hold each gate against the measured rows; a row that was not measured misses its gate."""
+    frames = {one.cell.row: one.frame for one in results}
+    nothing = pd.DataFrame({"column": [], "id": [], "value": []}, dtype=object)
     found = []
     for name, gate in gates.items():
-        value = float(means.get(gate.row, {}).get(gate.column, math.nan))
+        samples = _column(frames.get(gate.row, nothing), gate.column)
         if gate.minus is not None:
-            value -= float(means.get(gate.minus, {}).get(gate.column, math.nan))
-        found.append(Verdict(name, value, _spell(gate), gate.at_least <= value <= gate.at_most))
+            samples = samples - _column(frames.get(gate.minus, nothing), gate.column)  # paired by prompt
+        found.append(_judged(name, gate, samples))
     return found
+
+
+def _column(frame: pd.DataFrame, column: str) -> pd.Series[float]:
+    """Return the values of a column by id, bootstrap replicates among them."""
+    of_column = frame[frame["column"] == column]
+    return of_column.set_index("id")["value"].astype(float)
+
+
+def _judged(name: str, gate: Gate, samples: pd.Series[float]) -> Verdict:
+    drawn = samples.index.astype(str).str.startswith(BOOTSTRAP)
+    scored = samples[~drawn].dropna()
+    values: Floats = np.asarray(scored, dtype=np.float64)[None, None]
+    replicates: Floats = np.asarray(samples[drawn], dtype=np.float64)[None, None]
+    if not scored.size:
+        return Verdict(name, math.nan, math.nan, math.nan, _spell(gate), "", met=False)
+    found = resample(values, replicates, np.array([1]), column=gate.column, family="")
+    binary = bool(np.isin(values, (-1.0, 0.0, 1.0)).all())
+    least = 0.0 if gate.minus is None else -1.0
+    (low,), (high,) = interval(found, found.varies, binary=binary, least=least)
+    (measured,) = found.mean
+    lowest, highest = np.nan_to_num([low, high], nan=measured)  # no interval: the number itself decides
+    met = bool(highest >= gate.at_least and lowest <= gate.at_most)
+    counted = ""
+    if binary and gate.minus is None:
+        counted = _counted(gate, int(values.sum()), values.size)
+    return Verdict(name, float(measured), float(low), float(high), _spell(gate), counted, met)
+
+
+def _counted(gate: Gate, count: int, prompts: int) -> str:
+    """Say a rate in prompts: ``3 of 48, at most 2 allowed``."""
+    said = f"{count} of {prompts}"
+    if math.isfinite(gate.at_least):
+        said += f", at least {math.ceil(gate.at_least * prompts)} wanted"
+    if math.isfinite(gate.at_most):
+        said += f", at most {math.floor(gate.at_most * prompts)} allowed"
+    return said
 
 
 def missed(found: Mapping[tuple[str, int], Sequence[Verdict]]) -> list[str]:
@@ -55,7 +103,10 @@ def missed(found: Mapping[tuple[str, int], Sequence[Verdict]]) -> list[str]:
     for (family, seed), verdicts_of in found.items():
         for one in verdicts_of:
             if not one.met:
-                lines.append(f"{family}, seed {seed}: {one.name}: {one.bound}; measured {one.measured:.3f}")
+                ends = f" [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low) else ""
+                counted = f" ({one.counted})" if one.counted else ""
+                measured = f"measured {one.measured:.3f}{ends}{counted}"
+                lines.append(f"{family}, seed {seed}: {one.name}: {one.bound}; {measured}")
     return lines
 
 
