@@ -1,4 +1,7 @@
-"""Entry point: compose the config, run the mode, return the exit code (0 done, 2 wrong request, 1 anything else)."""
+"""Entry point: compose the config, run the mode, return the exit code.
+
+0: done; 2: the request or an input is wrong; 130: interrupted; 1: anything else.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the time of large batches
 
 CONF = str(Path(__file__).resolve().parent / "conf")
+INTERRUPTED = 130
 CODES: list[int] = []
 """Exit code of each job: a sweep has several."""
 
@@ -63,6 +67,11 @@ def main() -> int:
         return int(error.args[0])
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(composition_faults(error))
+    except KeyboardInterrupt:
+        print(
+            "interrupted: what is finished is kept, and the same command goes on with the rest", file=sys.stderr
+        )
+        return INTERRUPTED
     return max(CODES, default=0)
 
 

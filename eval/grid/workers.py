@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +41,8 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._started is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._kill()
         self._stop()
 
     def run(self, tasks: Sequence[Job]) -> list[Failure]:
@@ -71,6 +74,15 @@ class Workers:
             self._started = board, self._open.enter_context(pool)
         return self._started
 
+    def _kill(self) -> None:
+        """End all work at once: what a worker was making is made again by the next run."""
+        assert self._started is not None
+        _, pool = self._started
+        workers = list(pool._processes.values())  # the pool itself would first let every queued task finish
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+
     def _stop(self) -> None:
         self._started = None
         self._open.close()
@@ -97,5 +109,8 @@ def give_memory_back() -> None:
 def start_worker(progress: Any) -> None:
     """Prepare a worker process: no hub, no tokenizer threads, a line to the board, no life after its parent's."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group: the first process ends the others
     connect(progress)
     end_with_parent()

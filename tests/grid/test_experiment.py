@@ -498,6 +498,36 @@ def in_training(store: Path) -> bool:
     return any((store / "models").glob("*/manifest.json")) and any((store / ".staging").glob("models-*"))
 
 
+@pytest.mark.parametrize("moment", [in_training, lambda at: len(list((at / "replies").glob("*"))) >= 2])
+def test_ctrl_c_ends_all_work_within_two_seconds_in_one_line(
+    packages: Path, tmp_path: Path, moment: Callable[[Path], bool]
+) -> None:
+    """The queue of the stage went on, and 165 lines of traceback followed."""
+    words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
+    linked(packages, tmp_path / "store", ["assets"])
+    process = start(*words, folder=tmp_path)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not moment(tmp_path / "store"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130
+        while alive(process.pid):
+            assert time.monotonic() - began < 2, "something outlives the run"
+            time.sleep(0.02)
+        assert time.monotonic() - began < 2
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in err
+    said = [line for line in err.splitlines() if line.startswith("interrupted: ")]
+    assert said == ["interrupted: what is finished is kept, and the same command goes on with the rest"]
+    whole(tmp_path / "store")
+
+
 def test_run_that_is_killed_twice_is_finished_by_the_third(
     smoke: Smoke, packages: Path, tmp_path: Path
 ) -> None:
