@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +60,9 @@ def main() -> int:
     """Run and translate errors: one plain line for each fault."""
     from eval.grid.overrides import composition_faults, with_corpus
 
+    if "--version" in sys.argv[1:]:
+        print(f"alignmerge {metadata.version('alignmerge')}")
+        return 0
     CODES.clear()
     sys.argv[1:] = with_corpus(sys.argv[1:])
     try:

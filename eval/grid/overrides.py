@@ -18,6 +18,7 @@ from alignmerge.engine.faults import Fault
 from alignmerge.engine.manifest import ROOT
 
 CONF = ROOT / "conf"
+MODES = ("run", "plan", "status", "report", "merge", "score")
 NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'")
 
 
@@ -86,6 +87,8 @@ def _fault(error: Exception, guilty: str, config: DictConfig) -> Fault:
         return _no_choice(error, key)
     if isinstance(error, OverrideParseException):
         allowed = "key=value, with quotes around a value that holds any of ,:[]{}()"
+        if guilty in MODES:
+            allowed = f"mode={guilty}"
         return Fault(guilty, "not understood", allowed)
     if "Ambiguous value" in str(error):
         return Fault(key, value, "one value; [a,b] for a list; with -m, a sweep over a,b")

@@ -636,3 +636,23 @@ def test_score_of_a_folder_that_is_no_model(folders: dict[str, Path], copied: Co
     assert result.code == 2 and len(result.errors) == 1
     assert result.errors[0].startswith(f"model: {wrong}")
     assert tree(desk) == {}
+
+
+@pytest.mark.parametrize("mode", ["merge", "score", "plan", "status", "report"])
+def test_a_mode_without_its_key_is_answered_with_the_key(mode: str) -> None:
+    result = call(mode)
+    assert result.code == 2 and result.err == f"error: {mode}: not understood; allowed: mode={mode}\n"
+
+
+def test_version_is_ours() -> None:
+    result = call("--version")
+    assert result.code == 0 and result.out.startswith("alignmerge 0.")
+
+
+def test_scorers_that_an_experiment_sets_fields_of_may_be_left_out() -> None:
+    from test_configs import composed
+
+    from eval.grid.request import scorers_of
+
+    (scorer,) = scorers_of(composed("experiment=tiny", "scorer=[aqi]"))
+    assert scorer.name == "aqi"
