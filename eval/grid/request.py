@@ -92,7 +92,8 @@ def _scorers(config: Config) -> list[Scorer]:
     known = choices(CONF / "scorer")
     makers = {}
     for name, node in sorted((config.get("scorer") or {}).items()):
-        left_out = name in known and TARGET not in node  # an experiment sets its fields; nobody chose it
+        # An experiment sets fields of scorers that nobody may have chosen.
+        left_out = name in known and isinstance(node, Mapping) and TARGET not in node
         if not left_out:
             makers[name] = partial(build, node, f"scorer.{name}", Scorer)
     return list(BadRequest.gathered(makers).values())

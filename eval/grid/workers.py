@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -50,12 +51,12 @@ class Workers:
         failures: list[Failure] = []
         if not tasks:
             return failures
-        board, pool = self._start()
+        futures: dict[Future[None], str] = {}
+        with _deaf_to_interrupts():
+            board, pool = self._start()
+            for label, function, arguments in tasks:
+                futures[pool.submit(work, function, *arguments, board.reporter(label))] = label
         everything = board.reporter("all tasks")
-        futures: dict[Future[None], str] = {
-            pool.submit(work, function, *arguments, board.reporter(label)): label
-            for label, function, arguments in tasks
-        }
         for done, future in enumerate(as_completed(futures), 1):
             error = future.exception()
             if error is not None:
@@ -88,6 +89,22 @@ class Workers:
         self._open.close()
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Let processes that start meanwhile ignore Ctrl-C from their first moment: they inherit what is ignored.
+
+    A terminal sends it to the whole group; the first process then ends the others.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signals
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def work(function: Callable[..., None], *arguments: Any) -> None:
     """Do one task in a worker and give the memory that it freed back to the system."""
     try:
@@ -109,8 +126,5 @@ def give_memory_back() -> None:
 def start_worker(progress: Any) -> None:
     """Prepare a worker process: no hub, no tokenizer threads, a line to the board, no life after its parent's."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group: the first process ends the others
     connect(progress)
     end_with_parent()
