@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from alignmerge.engine.merger import Block, Inputs, MergeContext, Merger, Rule, check_choice, check_range
 from alignmerge.engine.seeding import torch_stream
-from alignmerge.pool import mean_nll, shares
+from alignmerge.pool import pool_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,8 @@ class Dare(Merger):
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Settle the weights and return the rule; masks are drawn tensor by tensor."""
-        weights = self._weights(ctx)
+        aliases = ctx.models.aliases
+        weights = pool_weights(ctx, self.weights) or dict.fromkeys(aliases, 1 / len(aliases))
         ctx.record(weights=weights)
         seed, digests = ctx.seed, [model.digest for model in ctx.models.pool]
 
@@ -53,9 +53,3 @@ class Dare(Merger):
             return (block.base + self.scale / (1 - self.drop) * total).float()
 
         return rule
-
-    def _weights(self, ctx: MergeContext) -> dict[str, float]:
-        models = dict(zip(ctx.models.aliases, ctx.models.pool, strict=True))
-        if self.weights == "uniform":
-            return dict.fromkeys(models, 1 / len(models))
-        return shares({alias: math.exp(-mean_nll(ctx, model)) for alias, model in models.items()})

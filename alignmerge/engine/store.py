@@ -119,6 +119,7 @@ class Store:
             if path.exists():
                 gone = self.root / ".staging" / f"{stage}-{path.name}-dropped"
                 gone.parent.mkdir(exist_ok=True)
+                shutil.rmtree(gone, ignore_errors=True)  # what a kill left of an earlier drop
                 path.rename(gone)  # first out of sight: a kill in the midst leaves no half of an artifact
                 shutil.rmtree(gone, ignore_errors=True)
             return True

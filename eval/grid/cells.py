@@ -73,12 +73,11 @@ class Cell(NamedTuple):
         """Return the merge that is measured; None for a model as it is. ``zoo`` may be frozen."""
         return None if self.merger is None else Merge(self.merger, zoo, models, self.seed)
 
-    def subject(self, zoo: Zoo, models: Models) -> StoreSubject:
-        """Return the model that is measured.
+    def subject(self, zoo: Zoo, models: Models, merge: Merge | None) -> StoreSubject:
+        """Return the model that is measured; ``merge`` is the cell's own, where it has one.
 
         The folder of a merge may be empty: its record still says what its weights are.
         """
-        merge = self.merge(zoo, models)
         if merge is not None:
             identity = identity_of(models.base) | {"weights": merge.record().digest}
             return StoreSubject(zoo, merge.folder, identity, self.split, models, self.seed)
@@ -122,7 +121,7 @@ def _measure(cell: Cell, reporter: Reporter) -> None:
     reporter(0, total)
     merge = cell.merge(cell.zoo, models)
     with nullcontext() if merge is None else merge.held():
-        subject = cell.subject(cell.zoo, models)
+        subject = cell.subject(cell.zoo, models, merge)
         for done, scorer in enumerate(cell.scorers, 1):
             reporter(done, total)
             score(scorer, subject)
@@ -150,6 +149,7 @@ def read(frozen: Zoo, models: Models, cell: Cell) -> CellResult:
     Raises:
         NotMade: if a part of it is missing.
     """
-    subject, merge = cell.subject(frozen, models), cell.merge(frozen, models)
+    merge = cell.merge(frozen, models)
+    subject = cell.subject(frozen, models, merge)
     scores = {scorer.name: score(scorer, subject) for scorer in cell.scorers}
     return CellResult(cell, scores, None if merge is None else merge.record())

@@ -33,7 +33,11 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
             started = time.monotonic()
             frames.append(read_scores(score(scorer, subject)))
             print(f"{scorer.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    means = _means(pd.concat(frames, ignore_index=True))
+    samples = pd.concat(frames, ignore_index=True)
+    for scorer in scorers:
+        by_layer = [name for name, column in scorer.columns.items() if column.by_layer]
+        samples = samples[~samples["column"].isin(by_layer)]
+    means = _means(samples)
     table = Table("column", "value", "n", "unscored", title=str(model.folder))
     for column, facts in means.items():
         table.add_row(column, f"{facts['mean']:.4f}", str(facts["n"]), str(facts["unscored"]))
@@ -45,9 +49,9 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
 
 def _means(samples: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Return column -> its mean over the scored samples, how many these are, and how many others there are."""
-    one_number = ~samples["id"].str.startswith(BOOTSTRAP) & ~samples["column"].str.endswith("_by_layer")
     means = {}
-    for column, values in samples[one_number].groupby("column")["value"]:
+    scored = samples[~samples["id"].str.startswith(BOOTSTRAP)]
+    for column, values in scored.groupby("column")["value"]:
         counts = {"n": int(values.count()), "unscored": int(values.isna().sum())}
         means[str(column)] = {"mean": float(values.mean()), **counts}
     return means

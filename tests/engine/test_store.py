@@ -285,3 +285,13 @@ def test_write_json_is_sorted_and_readable(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"b": [1], "a": {"d": None, "c": 1.5}})
     expected = '{\n  "a": {\n    "c": 1.5,\n    "d": null\n  },\n  "b": [\n    1\n  ]\n}\n'  # one entry a line
     assert (tmp_path / "x.json").read_text() == expected
+
+
+def test_what_a_killed_drop_left_does_not_hinder_the_next_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = store.obtain("weights", RECIPE, make_text)
+    left = tmp_path / ".staging" / f"weights-{made.key}-dropped"
+    left.mkdir(parents=True)
+    (left / "half.txt").write_text("left")
+    assert store.drop("weights", RECIPE)
+    assert not made.path.exists() and not left.exists()
