@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from eval.stats import VERSION
 from eval.stats.derived import DERIVED
 from eval.stats.estimates import ALL
 
@@ -56,8 +57,7 @@ def agreement(here: Path, there: Path) -> Agreement:
     for only, where in ((left, "the reference"), (right, "this run")):
         missing = only.index.difference(both)
         if len(missing) and len(both):
-            rows = ", ".join(missing.get_level_values("row").unique()[:NAMED])
-            left_out.append(f"{len(missing):,} numbers that {where} lacks (rows {rows}, ...)")
+            left_out.append(f"{len(missing):,} numbers that {where} lacks (rows {_first_rows(missing)})")
     different = []
     for place in both[left[both].to_numpy() != right[both].to_numpy()]:
         different.append(Difference(", ".join(place), left[place], right[place]))
@@ -66,19 +66,28 @@ def agreement(here: Path, there: Path) -> Agreement:
 
 def said(found: Agreement, there: Path) -> list[str]:
     """Say what came of a comparison with the committed results in ``there``, in lines to print."""
-    manifest, statistics = _manifest(there), []
+    manifest = _manifest(there)
     commit = str(manifest.get("git", {}).get("commit", "unknown"))[:7]
     made = f"{there}, made on {manifest.get('cpu', 'a CPU that is not recorded')} (commit {commit})"
     if not found.compared:
         return [f"no number can be compared with {made}: {'; '.join(found.left_out)}"]
-    if "statistics" not in manifest:
-        statistics = ["the reference was made before versions of statistics were recorded"]
     lines = [f"{found.equal:,} of {found.compared:,} numbers equal {made}"]
     for one in found.different[:NAMED]:
         lines.append(f"  {one.name}: {one.here}, in the reference {one.there}")
     if len(found.different) > NAMED:
         lines.append(f"  and {len(found.different) - NAMED:,} more")
-    return lines + [f"  not compared: {reason}" for reason in found.left_out] + statistics
+    lines += [f"  not compared: {reason}" for reason in found.left_out]
+    if manifest.get("statistics") is None:
+        lines.append("  the reference was made before versions of statistics were recorded")
+    elif manifest["statistics"] != VERSION:
+        lines.append(f"  statistics of version {VERSION} here, {manifest['statistics']} in the reference")
+    return lines
+
+
+def _first_rows(places: pd.Index[Any]) -> str:
+    rows = list(places.get_level_values("row").unique())
+    more = [f"{len(rows) - NAMED} more"] if len(rows) > NAMED else []
+    return ", ".join([*rows[:NAMED], *more])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
