@@ -20,6 +20,7 @@ from eval.columns import BOOTSTRAP
 from eval.grid.cells import CellResult
 from eval.grid.gates import Verdict
 from eval.scorers.interface import Scorer
+from eval.stats.families import BY_LAYER
 
 PASSING = ("git", "cpu")
 """What a manifest records of its making that its numbers do not depend on."""
@@ -103,9 +104,9 @@ def digest_of(samples: pd.DataFrame) -> str:
 
 
 def means_of(samples: pd.DataFrame) -> dict[str, float]:
-    """Return column -> mean over its scored samples, to six digits; columns without any are left out."""
-    scored = samples[~samples["id"].str.startswith(BOOTSTRAP)]
-    means = scored.groupby("column")["value"].mean().dropna()
+    """Return column -> mean over its scored samples, to six digits; columns by layer or without any are left out."""
+    drawn, by_layer = samples["id"].str.startswith(BOOTSTRAP), samples["column"].str.endswith(BY_LAYER)
+    means = samples[~drawn & ~by_layer].groupby("column")["value"].mean().dropna()
     return {str(column): float(f"{mean:.6g}") for column, mean in means.items()}
 
 

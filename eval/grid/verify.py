@@ -26,9 +26,11 @@ from eval.grid.record import of_models, of_rows
 from eval.grid.workers import Failure, Workers
 from eval.scorers.interface import Scorer
 
-TOLERANCE = 0.02
+TOLERANCE = 0.05
 """Share by which a mean may differ that has no interval in the committed ``summary.csv``; others may differ by half
 the width of theirs. It holds only where bits cannot be equal: another machine class, or passes not in float32."""
+ROUNDING = 1e-6
+"""By so much any of these may differ: what is 0 but for rounding has no share to differ by."""
 NAMED = 5
 """How many differences are spelled out before the rest is counted."""
 SHOWN = 12
@@ -182,10 +184,11 @@ class Verification:
 
     def _allowed(self, family: str, row: str, column: str, value: float) -> float:
         """Return by how much a mean may differ: half the width of its committed interval, else a share of it."""
-        for place in ((family, row, column), (family, row.partition("@")[0], column)):
+        allowed = TOLERANCE * abs(value)
+        for place in ((family, row.partition("@")[0], column), (family, row, column)):
             if place in self._widths:
-                return self._widths[place] / 2
-        return TOLERANCE * abs(value)
+                allowed = self._widths[place] / 2
+        return max(allowed, ROUNDING)
 
     @cached_property
     def _widths(self) -> dict[Any, float]:
