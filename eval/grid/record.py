@@ -62,21 +62,25 @@ def of_models(models: Models) -> dict[str, str]:
 
 def of_row(one: CellResult) -> dict[str, Any]:
     """Return what stands behind a row: keys and digests of its scores, their means, its model or merge."""
-    row: dict[str, Any] = {
-        "scores": {name: artifact.key for name, artifact in one.scores.items()},
-        "digests": {name: digest_of(frame) for name, frame in one.frames.items()},
-        "means": {name: means_of(frame) for name, frame in one.frames.items()},
-    }
+    row: dict[str, Any] = {"scores": {}, "digests": {}, "means": {}}
+    for name, artifact in one.scores.items():
+        samples = one.frames[name]
+        row["scores"][name], row["digests"][name] = artifact.key, digest_of(samples)
+        row["means"][name] = means_of(samples)
     if one.cell.merger is None or one.merge is None:
         return row | {"model": one.cell.model}
-    facts = {key: value for key, value in one.merge.manifest["facts"].items() if key != "blocks"}
+    facts = dict(one.merge.manifest["facts"])
+    facts.pop("blocks", None)
     return row | {"method": of_method(one.cell.merger), "merge": one.merge.key, "facts": facts}
 
 
 def of_rows(results: Iterable[CellResult], place: Place) -> dict[str, Any]:
     """Return row -> what stands behind it, for one family with one seed; of two of a name the last."""
-    mine = (one for one in results if (one.cell.family, one.cell.seed) == place)
-    return {one.cell.row: of_row(one) for one in mine}
+    rows = {}
+    for one in results:
+        if (one.cell.family, one.cell.seed) == place:
+            rows[one.cell.row] = of_row(one)
+    return rows
 
 
 def of_gates(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -107,7 +111,8 @@ def means_of(samples: pd.DataFrame) -> dict[str, float]:
     """Return column -> mean over its scored samples, to six digits; columns by layer or without any are left out."""
     drawn, by_layer = samples["id"].str.startswith(BOOTSTRAP), samples["column"].str.endswith(BY_LAYER)
     means = samples[~drawn & ~by_layer].groupby("column")["value"].mean().dropna()
-    return {str(column): float(f"{mean:.6g}") for column, mean in means.items()}
+    rounded: dict[Any, float] = means.map("{:.6g}".format).astype(float).to_dict()
+    return rounded
 
 
 def _is_nan(value: object) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignmerge.engine.faults import BadRequest, Fault, refuse
 from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.merger import Merger
 from eval import stats
 from eval.grid.experiment import Experiment
 from eval.grid.folders import COMMITTED, REFERENCE, folder_of_run, read_manifest, replace_folder, word_of
@@ -69,10 +71,10 @@ def _outdated(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault
 def _incomplete(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault]:
     """Return which rows, scores and gates the results lack, and which rows stand at settings that nobody tries."""
     missing = [*_missing_rows(manifest, experiment), *_missing_gates(manifest, experiment)]
-    faults = [Fault("results", f"missing: {one}", "finished results") for one in missing[:NAMED]]
+    told = missing[:NAMED]
     if len(missing) > NAMED:
-        faults.append(Fault("results", f"missing: {len(missing) - NAMED} more", "finished results"))
-    return faults
+        told.append(f"{len(missing) - NAMED} more")
+    return [Fault("results", f"missing: {one}", "finished results") for one in told]
 
 
 def _missing_rows(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
@@ -89,10 +91,10 @@ def _missing_rows(manifest: Mapping[str, Any], experiment: Experiment) -> list[s
 
 def _settings(experiment: Experiment, row: str) -> list[Mapping[str, Any]]:
     """Return the methods, with all fields, that a row may report."""
-    mergers = []
+    mergers: list[Merger] = []
     for name, one in experiment.grid.rows.items():
         if row in (name, name + MATCHED) or row.startswith(name + AT):
-            mergers += [experiment.merger(name, setting) for setting in one.settings or ({},)]
+            mergers += map(partial(experiment.merger, name), one.settings or ({},))
     return list(map(of_method, mergers))
 
 

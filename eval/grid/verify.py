@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -113,10 +112,13 @@ class Verification:
 
     def _merger(self, row: str, recorded: Mapping[str, Any]) -> Merger:
         where = f"{self.folder.name}/manifest.json: {row}"
-        fields = {key: _plain(value) for key, value in recorded.items() if key != "name"}
-        if recorded["name"] not in self.experiment.methods:
-            raise BadRequest.of(where, recorded["name"], ", ".join(sorted(self.experiment.methods)))
-        merger: Merger = build({**self.experiment.methods[recorded["name"]], **fields}, where, Merger)
+        name = recorded["name"]
+        if name not in self.experiment.methods:
+            raise BadRequest.of(where, name, ", ".join(sorted(self.experiment.methods)))
+        node = dict(self.experiment.methods[name])
+        for key in recorded.keys() - {"name"}:
+            node[key] = _plain(recorded[key])
+        merger: Merger = build(node, where, Merger)
         return merger
 
     def exact(self, zoo: Zoo) -> bool:
@@ -166,10 +168,10 @@ class Verification:
                 yield self._judged(zoo, f"{name}: samples {made[:SHOWN]} is not {digest[:SHOWN]}", drifts)
 
     def _judged(self, zoo: Zoo, note: str, drifts: Sequence[Drift]) -> Outcome:
-        if not self.exact(zoo) and all(drift.within for drift in drifts):
+        outside = [drift for drift in drifts if self.exact(zoo) or not drift.within]
+        if not outside and not self.exact(zoo):
             return Outcome("scores", "within tolerance")
-        worst = [drift for drift in drifts if self.exact(zoo) or not drift.within]
-        return Outcome("scores", "different", "; ".join([note, *map(str, worst[:1])]))
+        return Outcome("scores", "different", "; ".join([note, *map(str, outside[:1])]))
 
     def _drifts(
         self, family: str, row: str, there: Mapping[str, float], here: Mapping[str, float]
@@ -215,8 +217,8 @@ def verification_of(experiment: Experiment, results: Path) -> Verification:
     name = experiment.grid.name
     folder = committed(results, name)
     if folder is None:
-        have = sorted(word_of(path.parent.name) for path in COMMITTED.glob("*/manifest.json"))
-        raise BadRequest.of("experiment", f"{name} has no committed results", ", ".join(have) or "none yet")
+        have = ", ".join(sorted(path.parent.name for path in COMMITTED.glob("*/manifest.json")))
+        raise BadRequest.of("experiment", f"{name} has no committed results", have or "none yet")
     manifest = read_manifest(folder)
     if "statistics" not in manifest:
         allowed = f"one that is made anew: mode=run, then mode=reference experiment={word_of(name)}"
@@ -230,10 +232,12 @@ def verification_of(experiment: Experiment, results: Path) -> Verification:
 
 def tell(verification: Verification, outcomes: Sequence[Outcome]) -> bool:
     """Print what became of the artifacts; return whether all are equal or within tolerance."""
-    counts = Counter((one.kind, one.state) for one in outcomes)
+    counts = {kind: dict.fromkeys(STATES, 0) for kind in KINDS}
+    for one in outcomes:
+        counts[one.kind][one.state] += 1
     table = Table("artifacts", *STATES, title=f"{verification.experiment.grid.name}: made again and compared")
     for kind in KINDS:
-        table.add_row(kind, *(str(counts[kind, state]) for state in STATES))
+        table.add_row(kind, *map(str, counts[kind].values()))
     OUT.print(table)
     bad = [one for one in outcomes if one.state in STATES[2:]]
     for one in bad[:NAMED]:
@@ -248,7 +252,7 @@ def _last_line(verification: Verification, outcomes: Sequence[Outcome], bad: int
     manifest, total = verification.manifest, len(outcomes)
     commit = str(manifest["git"].get("commit", "unknown"))[:7]
     made = f"{verification.folder}, made on {manifest['cpu']} (commit {commit}); here {cpu_name()}"
-    near = sum(one.state == STATES[1] for one in outcomes)
+    near = len(outcomes) - bad - _count(outcomes, "equal")
     if bad:
         return f"not verified: {bad:,} of {total:,} artifacts are different or missing; {made}"
     if near:
@@ -256,6 +260,10 @@ def _last_line(verification: Verification, outcomes: Sequence[Outcome], bad: int
             f"verified within tolerance: {total - near:,} of {total:,} artifacts equal, {near:,} near; {made}"
         )
     return f"verified: {total:,} of {total:,} artifacts equal {made}"
+
+
+def _count(outcomes: Sequence[Outcome], state: State) -> int:
+    return [one.state for one in outcomes].count(state)
 
 
 def _plain(value: Any) -> Any:

@@ -118,8 +118,12 @@ def _apart(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> 
         return "not in this run"
     if ours["corpus"] != theirs["corpus"]:
         return "other prompts"
-    here, there = (sorted(key for key in one if key.startswith("seed ")) for one in (ours, theirs))
-    return "" if here == there else f"{', '.join(here)} here, {', '.join(there)} in the reference"
+    here, there = _seeds(ours), _seeds(theirs)
+    return "" if here == there else f"{here} here, {there} in the reference"
+
+
+def _seeds(family: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(key for key in family if key.startswith("seed ")))
 
 
 def _other_columns(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,9 @@ def verdict(folder: Path) -> list[str]:
     if compared.empty:
         return []
     of_first = compared[compared["family"] == compared["family"].iloc[0]]
-    rival = next((name for name in RIVALS if REFUSALS in _pair(of_first, name)), "")
-    lines = [_refuses_more(of_first, columns, name) for name in (AVERAGE, rival)]
-    return [line for line in [*lines, _keeps_utility(of_first, columns)] if line]
+    average = _refuses_more(of_first, columns, AVERAGE)
+    rivals = filter(None, map(partial(_refuses_more, of_first, columns), RIVALS))
+    return [line for line in (average, next(rivals, ""), _keeps_utility(of_first, columns)) if line]
 
 
 def _pair(compared: pd.DataFrame, other: str) -> dict[str, Compared]:
