@@ -98,16 +98,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the families that can be compared, the mean over all among them, and why others cannot."""
     left, right = ours["families"], theirs["families"]
-    families, left_out = [], []
+    reasons: dict[str, list[str]] = {}
     for name in dict.fromkeys([*left, *right]):
-        reason = _apart(left.get(name), right.get(name))
-        if reason:
-            left_out.append(f"{name}: {reason}")
-        else:
-            families.append(name)
+        reasons.setdefault(_apart(left.get(name), right.get(name)), []).append(name)
+    families = reasons.pop("", [])
     if len(families) == len(left) == len(right):
         families.append(ALL)
-    return families, left_out
+    return families, [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _apart(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> str:
