@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alignmerge.engine.progress import OUT
 from eval.grid.experiment import Gates
-from eval.grid.folders import committed, word_of
+from eval.grid.folders import committed, read_manifest, word_of
 from eval.grid.gates import missed
 from eval.report.agreement import agreement, said
 from eval.report.main_table import show
@@ -26,6 +26,7 @@ def conclude(folder: Path, gates: Gates, *, failed: bool) -> None:
     say_where(folder)
     differs, reference = False, committed(folder.parent, folder.name)
     if reference is not None:
+        read_manifest(reference)  # refuses a damaged one in a plain line
         found = agreement(folder, reference)
         differs = bool(found.different)
         for line in said(found, reference):

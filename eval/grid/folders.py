@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def _replaceable(folder: Path) -> bool:
 def committed(results: Path, name: str) -> Path | None:
     """Return the committed results of an experiment: those beside a run's own, else the project's."""
     for folder in (results / REFERENCE / name, COMMITTED / name):
-        if (folder / MANIFEST).is_file():
+        if (folder / MANIFEST).is_file() and (folder / "summary.csv").is_file():
             return folder
     return None
 
@@ -67,16 +70,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Put a copy of ``source`` with this manifest in the place of ``folder``; a kill leaves no half of a folder."""
+    """Put a copy of ``source`` with this manifest in the place of ``folder``.
+
+    Neither a kill nor another process that does the same leaves half of a folder under that name.
+    """
     staging, old = folder.parent / f".{folder.name}.staging", folder.parent / f".{folder.name}.old"
-    for left in (staging, old):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(source, staging)
-    write_json(staging / MANIFEST, manifest)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent):
+        for left in (staging, old):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(source, staging)
+        write_json(staging / MANIFEST, manifest)
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out that lock the same folder; nothing is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def word_of(name: str) -> str:

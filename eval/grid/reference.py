@@ -37,7 +37,6 @@ def commit_results(experiment: Experiment, results: Path) -> Path:
     manifest = read_manifest(source)
     refuse([*_not_for_others(manifest), *_outdated(manifest, experiment), *_incomplete(manifest, experiment)])
     folder = results / REFERENCE / name
-    folder.parent.mkdir(exist_ok=True)
     replace_folder(source, folder, manifest)
     _refresh_readme(folder)
     return folder

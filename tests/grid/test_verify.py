@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from conftest import MakesModel, Perturbs
 from test_cli import Result, call, tree
 
 from alignmerge.engine.progress import silent
+from eval.grid.folders import replace_folder
 from eval.grid.workers import Failure
 
 Change = Callable[[dict[str, Any]], object]
@@ -22,7 +24,7 @@ OR_NONE = "; allowed: a folder of results, or none"
 README = "# Title\n\n<!-- results:small -->\nold\n<!-- /results:small -->\n"
 
 
-def inline(_: object, tasks: list[Any]) -> list[Any]:
+def inline(_: object, tasks: list[Any], stage: str = "") -> list[Any]:
     """Stand in for the workers, whose processes take seconds to start."""
     for _label, function, arguments in tasks:
         function(*arguments, silent)
@@ -109,6 +111,10 @@ def rows_of(manifest: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def last(said: Result) -> str:
+    return said.out.splitlines()[-1]
+
+
 # --- the end of a run ---
 
 
@@ -119,6 +125,18 @@ def test_a_run_ends_with_its_missed_gates_the_page_and_one_next_command(finished
     assert lines[-2].startswith(f"report: {finished.folder}/report.html")
     assert lines[-1].startswith("next: python run.py mode=merge family=local ")
     assert (finished.folder / "report.html").is_file()
+
+
+def test_a_single_cell_ends_with_its_table_and_its_page(finished: Desk, tmp_path: Path) -> None:
+    conf = finished.results.parent / "conf" / "experiment" / "small.yaml"
+    family = yaml.safe_load(conf.read_text())["family"]
+    words = [f"family.{key}={family[key]}" for key in ("base", "anchor", "dtype", "max_length")]
+    words += [f"family.experts={{math: {family['experts']['math']}}}", "family=local", "corpus=toy"]
+    said = call(*words, "method=average", "scorer=[aqi]", finished.words[-1], f"results={tmp_path}")
+    assert said.code == 0, said.err
+    (folder,) = tmp_path.iterdir()
+    assert "│ average" in said.out and last(said).startswith(f"report: {folder}/report.html")
+    assert not any(line.startswith(("next", "gate", "alignmerge")) for line in said.out.splitlines())
 
 
 def test_a_run_says_how_many_of_the_committed_numbers_it_gives(settled: Desk) -> None:
@@ -171,6 +189,24 @@ def test_no_run_writes_among_the_committed_results(desk: Desk, monkeypatch: pyte
     assert (said.code, said.errors) == (
         2, [f"results: {desk.results}; allowed: a folder outside the committed results"]
     )  # fmt: skip
+
+
+def test_results_that_two_publish_at_once_are_those_of_one(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            (tmp_path / name / f"{number}.txt").write_text(name)
+
+    def publish(name: str) -> None:
+        for _ in range(10):
+            replace_folder(tmp_path / name, tmp_path / "results" / "small", {"of": name})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(publish, "abcd"))
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["small"]
+    of = json.loads((tmp_path / "results" / "small" / "manifest.json").read_text())["of"]
+    texts = [path.read_text() for path in (tmp_path / "results" / "small").glob("*.txt")]
+    assert texts == [of] * 20
 
 
 # --- mode=reference ---
@@ -241,10 +277,6 @@ def test_reference_without_results_and_without_an_experiment(desk: Desk) -> None
 # --- mode=verify ---
 
 
-def last(said: Result) -> str:
-    return said.out.splitlines()[-1]
-
-
 def test_everything_is_made_again_in_an_empty_store_and_equal(settled: Desk, tmp_path: Path) -> None:
     said = settled.call("mode=verify", f"store={tmp_path / 'store'}")
     assert said.code == 0, said.err
@@ -287,7 +319,7 @@ def test_an_artifact_that_is_not_the_committed_one_is_named(settled: Desk, name:
     assert last(said).startswith("not verified: 1 of 10 artifacts are different or missing; ")
 
 
-def without_ties(_: object, tasks: list[Any]) -> list[Failure]:
+def without_ties(_: object, tasks: list[Any], stage: str = "") -> list[Failure]:
     """Work in this process, and fail at one row."""
     failing = [label for label, _, _ in tasks if label.endswith(": ties")]
     inline(_, [task for task in tasks if task[0] not in failing])
@@ -352,5 +384,6 @@ def test_what_cannot_be_verified_is_said_plainly(settled: Desk) -> None:
     said = settled.call("mode=verify")
     assert said.code == 2 and "was made before digests of scores were recorded" in said.errors[0]
     (settled.committed / "manifest.json").write_text("{")
-    said = settled.call("mode=verify")
-    assert said.code == 2 and "manifest.json: cannot be read; allowed: " in said.errors[0]
+    for mode in ("run", "verify"):
+        said = settled.call(f"mode={mode}")
+        assert said.code == 2 and "manifest.json: cannot be read; allowed: " in said.errors[0]
