@@ -217,7 +217,7 @@ def verification_of(experiment: Experiment, results: Path) -> Verification:
     name = experiment.grid.name
     folder = committed(results, name)
     if folder is None:
-        have = ", ".join(sorted(path.parent.name for path in COMMITTED.glob("*/manifest.json")))
+        have = ", ".join(sorted(word_of(path.parent.name) for path in COMMITTED.glob("*/manifest.json")))
         raise BadRequest.of("experiment", f"{name} has no committed results", have or "none yet")
     manifest = read_manifest(folder)
     if "statistics" not in manifest:
