@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help run smollm2 smoke test test-cpus lint bench clean
+.PHONY: help run smollm2 smoke reference verify test test-cpus lint bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -22,6 +22,12 @@ smollm2: $(STAMP) ## The real thing in small: SmolLM2-135M (about 40 minutes col
 
 smoke: $(STAMP) ## The whole path on random tiny models, in minutes
 	$(BIN)/python run.py experiment=smoke
+
+reference: $(STAMP) ## Make the results of a finished run the committed ones (EXPERIMENT=tiny)
+	$(BIN)/python run.py mode=reference experiment=$(or $(EXPERIMENT),tiny)
+
+verify: $(STAMP) ## Make what the committed manifest names and compare it, artifact by artifact (EXPERIMENT=tiny)
+	$(BIN)/python run.py mode=verify experiment=$(or $(EXPERIMENT),tiny)
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

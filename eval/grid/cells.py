@@ -138,9 +138,14 @@ class CellResult:
     merge: Artifact | None
 
     @cached_property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The samples by name of the scorer."""
+        return {name: read_scores(artifact) for name, artifact in self.scores.items()}
+
+    @cached_property
     def frame(self) -> pd.DataFrame:
         """The samples of all scorers."""
-        return pd.concat(map(read_scores, self.scores.values()), ignore_index=True)
+        return pd.concat(self.frames.values(), ignore_index=True)
 
 
 def read(frozen: Zoo, models: Models, cell: Cell) -> CellResult:

@@ -1,4 +1,4 @@
-"""What ``run.py`` can do: run, plan, status, report, merge, score."""
+"""What ``run.py`` can do: run, plan, status, report, reference, verify, merge, score."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from typing import Any
 from rich.table import Table
 
 from alignmerge.engine.checkpoint import Checkpoint
-from alignmerge.engine.configuration import build, nearest
+from alignmerge.engine.configuration import build, choices, nearest
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.manifest import all_versions, git_state
 from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import Merger
 from alignmerge.engine.progress import OUT, Board
 from alignmerge.engine.store import NotMade, write_json
+from eval.grid.ending import conclude, conclude_cell
 from eval.grid.experiment import Experiment
-from eval.grid.gates import missed
+from eval.grid.folders import folder_of_run
 from eval.grid.plan import print_plan
-from eval.grid.request import Config, check_parts, experiment_of, scorers_of, zoo_of
+from eval.grid.reference import commit_results
+from eval.grid.request import CONF, Config, check_parts, experiment_of, scorers_of, zoo_of
 from eval.grid.results import Findings
 from eval.grid.scoring import score_folder
 from eval.grid.selection import Choice, choose, finished_choice
+from eval.grid.verify import tell, verification_of
 from eval.grid.workers import Failure, Workers
 
 WHOLE = {"seed": 0, "workers": 1}
@@ -41,7 +44,7 @@ def dispatch(config: Config) -> int:
     Raises:
         BadRequest: if the request or an input is wrong.
     """
-    modes = {mode.__name__: mode for mode in (run, plan, status, report, merge, score)}
+    modes = {mode.__name__: mode for mode in (run, plan, status, report, reference, verify, merge, score)}
     BadRequest.gathered({"top": lambda: _check(config, modes), "parts": lambda: check_parts(config)})
     return modes[config["mode"]](config)
 
@@ -67,6 +70,7 @@ def run(config: Config) -> int:
     """Do what is missing of an experiment (or of one cell) and report."""
     experiment = experiment_of(config)
     experiment.check()
+    folder = _results_of(config, experiment)
     with Workers(config["workers"]) as workers:
         failures = experiment.make_models(workers)
         if failures:
@@ -77,26 +81,40 @@ def run(config: Config) -> int:
         failures += experiment.make(workers, [*cells, *experiment.trajectory_cells()])
     findings = _findings(experiment, choice)
     if findings.rows:
-        findings.publish(Path(config["results"]))
-    lines, total = missed(findings.gates), sum(map(len, findings.gates.values()))
-    if total:
-        OUT.print(f"gates (dev split): {total - len(lines)} of {total} met")
-    for line in lines:  # they inform: the run has gone on
-        OUT.print(f"gate missed: {line}", style="bold red", highlight=False)
+        findings.publish(folder)
+        _conclude(config, findings, folder, failed=bool(failures))
     return _end(failures)
 
 
 def report(config: Config) -> int:
     """Write the report again from what the store holds."""
     experiment = experiment_of(config)
+    folder = _results_of(config, experiment)
     try:
         findings = _findings(experiment, finished_choice(experiment))
     except NotMade:
         findings = None
     if findings is None or not findings.rows:
         raise BadRequest.of("mode", "report, and the store holds no finished experiment", "mode=run first")
-    findings.publish(Path(config["results"]))
+    findings.publish(folder)
+    _conclude(config, findings, folder, failed=False)
     return 0
+
+
+def reference(config: Config) -> int:
+    """Make the results of a finished run the committed ones of the experiment."""
+    folder = commit_results(_named(config), Path(config["results"]))
+    OUT.print(f"committed results in {folder}", highlight=False)
+    return 0
+
+
+def verify(config: Config) -> int:
+    """Make what the committed manifest names, where it is not in the store, and compare it."""
+    verification = verification_of(_named(config), Path(config["results"]))
+    with Workers(config["workers"]) as workers:
+        failures = verification.make(workers)
+    verified = tell(verification, verification.outcomes())
+    return max(_end(failures), int(not verified))
 
 
 def status(config: Config) -> int:
@@ -177,6 +195,24 @@ def _findings(experiment: Experiment, choice: Choice) -> Findings:
     rows = experiment.read(experiment.reported(choice.mergers))
     steps = experiment.read(experiment.trajectory_cells())
     return Findings(experiment, choice, rows, steps, experiment.gate_verdicts())
+
+
+def _named(config: Config) -> Experiment:
+    """Return the experiment that the config names; a single cell has no committed results."""
+    if config["grid"] is None:
+        raise BadRequest.of("experiment", "not given", ", ".join(choices(CONF / "experiment")))
+    return experiment_of(config)
+
+
+def _results_of(config: Config, experiment: Experiment) -> Path:
+    return folder_of_run(Path(config["results"]), experiment.grid.name)
+
+
+def _conclude(config: Config, findings: Findings, folder: Path, *, failed: bool) -> None:
+    if config["grid"] is None:
+        conclude_cell(folder)
+    else:
+        conclude(folder, findings.gates, failed=failed)
 
 
 def _given_path(config: Config, key: str, allowed: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 import pandas as pd
 
 from alignmerge.engine.kernels import overridden
-from alignmerge.engine.keys import plain_fields
-from alignmerge.engine.manifest import ROOT, all_versions, file_sha256, git_state, versions
-from alignmerge.engine.store import write_json
+from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.zoo.zoo import Zoo
 from eval.columns import Column
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Experiment, Gates
+from eval.grid.folders import replace_folder
 from eval.grid.gates import marks, missed
 from eval.grid.grid import AT
+from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
 from eval.grid.selection import Choice
-from eval.report.main_table import block, names, show, splice
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
 
@@ -37,26 +35,18 @@ class Findings:
     steps: Sequence[CellResult]
     gates: Gates
 
-    def publish(self, results: Path) -> None:
-        """Write ``<results>/<experiment>``, refresh the README's block of it, print a summary.
+    def publish(self, folder: Path) -> None:
+        """Write the results into ``folder``, in the place of older ones.
 
         The files are a function of scores and of the code that draws them: an artifact.
         """
-        folder = results / self.experiment.grid.name
         manifest = self._manifest()
         artifact = self.experiment.zoos[0].store.obtain("reports", self._recipe(manifest), self._write)
-        staging = folder.parent / f".{folder.name}.staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(artifact.path, staging)
-        write_json(staging / "manifest.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-        _refresh_readme(folder)
-        show(folder)
+        replace_folder(artifact.path, folder, manifest)
 
     def _recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Return what the files of the report are a function of."""
-        recipe = {key: value for key, value in manifest.items() if key != "git"}
+        recipe = {key: value for key, value in manifest.items() if key not in PASSING}
         recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
         recipe["against"] = self._against()
         for key, table in {"selection": self.choice.points, "sweeps": self._sweeps()}.items():
@@ -124,22 +114,17 @@ class Findings:
             name = zoo.family.name
             family = families.setdefault(name, {"note": zoo.family.note, "corpus": zoo.prompts.digest})
             family[f"seed {zoo.seed}"] = self._of_seed(zoo)
-        name = self.experiment.grid.name
-        return {"experiment": name, "families": families, "versions": all_versions(), "git": git_state()}
+        scorers = [*self.experiment.grid.trajectory_scorers.values(), *self.experiment.scorers]
+        mergers = [one.cell.merger for one in self.rows if one.cell.merger is not None]
+        made = of_making(scorers, mergers)
+        return {"experiment": self.experiment.grid.name, "families": families, **made}
 
     def _of_seed(self, zoo: Zoo) -> dict[str, Any]:
         """Return what a manifest says of one family with one seed."""
         place = (zoo.family.name, zoo.seed)
         _, models = self.experiment.opened[place]
-        digests = {"base": models.base.digest}
-        for alias, model in zip(models.aliases, models.pool, strict=True):
-            digests[alias] = model.digest
-        rows = {}
-        for one in [*self.steps, *self.rows]:  # the base is a step and a row: it is filed as the row
-            if (one.cell.family, one.cell.seed) == place:
-                rows[one.cell.row] = _row(one)
-        found = [verdict._asdict() for verdict in self.gates.get(place, [])]
-        return {"models": digests, "gates": found, "rows": rows}
+        rows = of_rows([*self.steps, *self.rows], place)  # the base is a step and a row: it is filed as the row
+        return {"models": of_models(models), "gates": of_gates(self.gates.get(place, [])), "rows": rows}
 
 
 def _notes_on_models(zoos: Sequence[Zoo]) -> list[str]:
@@ -193,26 +178,8 @@ def _code() -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _refresh_readme(folder: Path) -> None:
-    """Put the block of these results between its markers, where they are this project's own."""
-    path = ROOT / "README.md"
-    if folder.resolve().parent == ROOT / "results" and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if folder.name in names(text):
-            path.write_text(splice(text, folder.name, block(folder)), encoding="utf-8")
-
-
 def _scores(results: Sequence[CellResult]) -> pd.DataFrame:
     frames = []
     for one in results:
         frames.append(one.frame.assign(family=one.cell.family, row=one.cell.row, seed=one.cell.seed))
     return pd.concat(frames, ignore_index=True)
-
-
-def _row(one: CellResult) -> dict[str, Any]:
-    row: dict[str, Any] = {"scores": {name: artifact.key for name, artifact in one.scores.items()}}
-    if one.cell.merger is None or one.merge is None:
-        return row | {"model": one.cell.model}
-    facts = {key: value for key, value in one.merge.manifest["facts"].items() if key != "blocks"}
-    method = {"name": one.cell.merger.name, **plain_fields(one.cell.merger)}
-    return row | {"method": method, "merge": one.merge.key, "facts": facts}

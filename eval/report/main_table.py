@@ -18,14 +18,13 @@ from eval.stats.estimates import ALL
 
 
 def show(folder: Path) -> None:
-    """Print the means of the main columns of a results folder, and where the rest is."""
+    """Print the means of the main columns of a results folder."""
     _, summary, columns = _main(folder)
     means = summary.pivot_table(index="row", columns="column", values="mean", sort=False)
     shown = Table("row", *columns, title=f"{folder.name} (intervals: {folder}/table.md)")
     for row, values in means[list(columns)].iterrows():
         shown.add_row(str(row), *map("{:.3f}".format, values))
     OUT.print(shown)
-    OUT.print(f"results in {folder}: table.md, summary.csv, comparisons.csv, figures/")
 
 
 def _main(folder: Path) -> tuple[list[str], pd.DataFrame, dict[str, Column]]:
@@ -38,13 +37,13 @@ def _main(folder: Path) -> tuple[list[str], pd.DataFrame, dict[str, Column]]:
 
 
 def block(folder: Path) -> str:
-    """Render the main table of a results folder, ``results/NAME`` as seen from the README.
+    """Render the main table of committed results, ``results/reference/NAME`` as seen from the README.
 
     With several families it is the table of their mean, with figures and the way to the tables of each.
     """
     families, of_first, columns = _main(folder)
     return template("readme.md", pipe=markdown_table).render(
-        families=families, over_families=families[0] == ALL, path=f"{folder.parent.name}/{folder.name}",
+        families=families, over_families=families[0] == ALL, path=f"results/reference/{folder.name}",
         table=table(of_first, "", columns), figures=[path.stem for path in folder.glob("figures/*.png")],
     )  # fmt: skip
 

@@ -169,7 +169,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["scorer=[judge,nope]"], [f"scorer: no such choice: nope; allowed: {SCORERS}"]),
     (["scorer=nope"], [f"scorer: no such choice: nope; allowed: {SCORERS}"]),
     (["scorer=[]", PLAN], ["scorer: none; allowed: one or more files of conf/scorer, e.g. scorer=[aqi,judge]"]),
-    (["mode=plam"], ["mode: plam; allowed: plan? merge, plan, report, run, score, status"]),
+    (["mode=plam"], ["mode: plam; allowed: plan? merge, plan, reference, report, run, score, status, verify"]),
     (["method=ties", "method.density=abc", PLAN], ["method.density: 'abc' (str); allowed: float"]),
     (["method=ties", "method.density=nan", PLAN], ["method.density: nan; allowed: a number in (0, 1]"]),
     (["method=ties", "method.density=inf", PLAN], ["method.density: inf; allowed: a number in (0, 1]"]),

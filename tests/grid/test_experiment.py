@@ -137,7 +137,7 @@ def whole(store: Path) -> list[str]:
 
 def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
     assert smoke.said.code == 0, smoke.said.err
-    assert "results in results/smoke: " in smoke.said.out
+    assert "report: results/smoke/report.html (" in smoke.said.out
     assert "Traceback" not in smoke.said.err and "failed" not in smoke.said.err
     progress = [
         line for line in smoke.said.err.splitlines() if re.search(r"\(\d+ s, about \d+ s left\)$", line)

@@ -40,7 +40,7 @@ from eval.stats import estimates as stats
 
 Array = NDArray[Any]
 README = Path(__file__).parents[2] / "README.md"
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path(__file__).parents[2] / "results" / "reference"
 SCORERS: tuple[type[Scorer], ...] = (AQI, Geometry, Judge, Subspaces, Toxicity, Utility)
 COLUMNS = {name: column for scorer in SCORERS for name, column in scorer.columns.items()}
 DECLARED = layout.in_order({**COLUMNS, **derived.DERIVED})
@@ -910,10 +910,10 @@ def test_readme_block_of_several_families_is_their_mean_with_figures(world: Path
         row for row in stats.ordered([*WORLD, "pretrained"]) if row != "ties"
     ]
     assert re.findall(r"\]\((.*?)\)", block) == [
-        "results/tiny/table.md",
-        "results/tiny/report.html",
-        "results/tiny/figures/overview.png",
-        "results/tiny/figures/training.png",
+        "results/reference/tiny/table.md",
+        "results/reference/tiny/report.html",
+        "results/reference/tiny/figures/overview.png",
+        "results/reference/tiny/figures/training.png",
     ]
     page = tmp_path / "README.md"
     page.write_text(f"<!-- results:tiny -->\n{block}\n<!-- /results:tiny -->\n", encoding="utf-8")

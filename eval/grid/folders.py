@@ -1,0 +1,106 @@
+"""Where results lie: those of runs, which git ignores, and the committed ones."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alignmerge.engine.configuration import choices
+from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.store import MANIFEST, write_json
+
+REFERENCE = "reference"
+"""The folder of the committed results, within that of all results."""
+COMMITTED = ROOT / "results" / REFERENCE
+"""The committed results of this project."""
+
+
+def folder_of_run(results: Path, name: str) -> Path:
+    """Return the folder that a run writes, and may replace.
+
+    Raises:
+        BadRequest: if it would lie outside ``results`` or among the committed results, or if it exists and
+            holds something else than results.
+    """
+    if name in ("", REFERENCE) or "/" in name or name.startswith("."):
+        raise BadRequest.of("grid.name", repr(name), f"a plain folder name, not {REFERENCE}")
+    folder = results / name
+    if COMMITTED in folder.resolve().parents:
+        raise BadRequest.of("results", str(results), "a folder outside the committed results")
+    if folder.exists() and not _replaceable(folder):
+        raise BadRequest.of("results", f"{folder} exists and holds no results", "a folder of results, or none")
+    return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    return (folder / "summary.csv").is_file() or not any(folder.iterdir())
+
+
+def committed(results: Path, name: str) -> Path | None:
+    """Return the committed results of an experiment: those beside a run's own, else the project's."""
+    for folder in (results / REFERENCE / name, COMMITTED / name):
+        if (folder / MANIFEST).is_file() and (folder / "summary.csv").is_file():
+            return folder
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a results folder.
+
+    Raises:
+        BadRequest: if it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or "families" not in manifest:
+        raise BadRequest.of(str(path), "cannot be read", "the manifest of an experiment that has been run")
+    return manifest
+
+
+def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Put a copy of ``source`` with this manifest in the place of ``folder``.
+
+    Neither a kill nor another process that does the same leaves half of a folder under that name.
+    """
+    staging, old = folder.parent / f".{folder.name}.staging", folder.parent / f".{folder.name}.old"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent):
+        for left in (staging, old):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(source, staging)
+        write_json(staging / MANIFEST, manifest)
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out that lock the same folder; nothing is left behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def word_of(name: str) -> str:
+    """Return the word that chooses an experiment on the command line: ``ablation/tiny`` for ``ablation-tiny``."""
+    for word in choices(ROOT / "conf" / "experiment"):
+        if word.replace("/", "-") == name:
+            return word
+    return name

@@ -1,0 +1,123 @@
+"""From a run's results to the committed ones: only when asked, and only what others can make again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from alignmerge.engine.faults import BadRequest, Fault, refuse
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.merger import Merger
+from eval import stats
+from eval.grid.experiment import Experiment
+from eval.grid.folders import COMMITTED, REFERENCE, folder_of_run, read_manifest, replace_folder, word_of
+from eval.grid.grid import AT, MATCHED
+from eval.grid.record import of_method, of_scorer
+from eval.report.main_table import block, names, splice
+
+NAMED = 3
+"""How many missing rows are spelled out."""
+
+
+def commit_results(experiment: Experiment, results: Path) -> Path:
+    """Copy an experiment's results to ``<results>/reference``, refresh the README's block, return the folder.
+
+    Raises:
+        BadRequest: with everything that speaks against it: results of uncommitted code or of other kernels than
+            the fixed ones, of other settings or older statistics than the code's, rows or gates that are missing.
+    """
+    name = experiment.grid.name
+    source = folder_of_run(results, name)
+    if not source.is_dir():
+        raise BadRequest.of(
+            "experiment", f"no results in {source}", f"experiment={word_of(name)} without a mode first"
+        )
+    manifest = read_manifest(source)
+    refuse([*_not_for_others(manifest), *_outdated(manifest, experiment), *_incomplete(manifest, experiment)])
+    folder = results / REFERENCE / name
+    replace_folder(source, folder, manifest)
+    _refresh_readme(folder)
+    return folder
+
+
+def _not_for_others(manifest: Mapping[str, Any]) -> list[Fault]:
+    """Return why others could not make these results again."""
+    faults, again = [], "results of a commit, with nothing changed beside it"
+    if not manifest["git"]:
+        faults.append(Fault("git", "no commit is recorded", again))
+    elif manifest["git"]["dirty"]:
+        faults.append(Fault("git", "files were changed or new when the results were made", again))
+    for variable, value in manifest.get("overridden", {}).items():
+        faults.append(Fault(variable, value or "not set", "the kernels that run.py fixes"))
+    return faults
+
+
+def _outdated(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault]:
+    """Return which settings and versions are not those of the code and the experiment."""
+    found, again = manifest.get("statistics"), "run the experiment again"
+    faults = []
+    if found != stats.VERSION:
+        faults.append(Fault("statistics", f"version {found}", f"version {stats.VERSION}: {again}"))
+    recorded = manifest.get("scorers", {})
+    for scorer in experiment.scorers:
+        if recorded.get(scorer.name) != of_scorer(scorer):
+            faults.append(Fault(f"scorer.{scorer.name}", "not as in the results", again))
+    return faults
+
+
+def _incomplete(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault]:
+    """Return which rows, scores and gates the results lack, and which rows stand at settings that nobody tries."""
+    missing = [*_missing_rows(manifest, experiment), *_missing_gates(manifest, experiment)]
+    told = missing[:NAMED]
+    if len(missing) > NAMED:
+        told.append(f"{len(missing) - NAMED} more")
+    return [Fault("results", f"missing: {one}", "finished results") for one in told]
+
+
+def _missing_rows(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    missing = []
+    for cell in [*experiment.reported(experiment.provisional()), *experiment.trajectory_cells()]:
+        row = _of(manifest, cell.family, cell.seed)["rows"].get(cell.row, {})
+        place = f"{cell.family}, seed {cell.seed}: {cell.row}"
+        if not {scorer.name for scorer in cell.scorers} <= set(row.get("scores", {})):
+            missing.append(place)
+        elif "method" in row and row["method"] not in _settings(experiment, cell.row):
+            missing.append(f"{place} at a setting of the experiment")
+    return missing
+
+
+def _settings(experiment: Experiment, row: str) -> list[Mapping[str, Any]]:
+    """Return the methods, with all fields, that a row may report."""
+    mergers: list[Merger] = []
+    for name, one in experiment.grid.rows.items():
+        if row in (name, name + MATCHED) or row.startswith(name + AT):
+            mergers += map(partial(experiment.merger, name), one.settings or ({},))
+    return list(map(of_method, mergers))
+
+
+def _missing_gates(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    missing = []
+    for zoo in experiment.own_zoos:
+        found = _of(manifest, zoo.family.name, zoo.seed)["gates"]
+        judged = {gate["name"] for gate in found if gate["measured"] is not None}
+        for name in experiment.grid.gates:
+            if name not in judged:
+                missing.append(f"{zoo.family.name}, seed {zoo.seed}: gate {name}")
+    return missing
+
+
+def _of(manifest: Mapping[str, Any], family: str, seed: int) -> Mapping[str, Any]:
+    nothing: dict[str, Any] = {"rows": {}, "gates": [], "models": {}}
+    found: Mapping[str, Any] = manifest["families"].get(family, {}).get(f"seed {seed}", nothing)
+    return found
+
+
+def _refresh_readme(folder: Path) -> None:
+    """Put the block of committed results between its markers, where they are this project's own."""
+    path = ROOT / "README.md"
+    if folder.resolve().parent == COMMITTED and path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if folder.name in names(text):
+            path.write_text(splice(text, folder.name, block(folder)), encoding="utf-8")
