@@ -21,6 +21,7 @@ from alignmerge.engine.merger import Merger
 from alignmerge.engine.progress import OUT, Board
 from alignmerge.engine.store import NotMade, write_json
 from eval.grid.experiment import Experiment
+from eval.grid.forecast import forecast_of
 from eval.grid.gates import missed
 from eval.grid.plan import print_plan
 from eval.grid.request import Config, check_parts, experiment_of, scorers_of, zoo_of
@@ -67,7 +68,7 @@ def run(config: Config) -> int:
     """Do what is missing of an experiment (or of one cell) and report."""
     experiment = experiment_of(config)
     experiment.check()
-    with Workers(config["workers"]) as workers:
+    with Workers(config["workers"], forecast_of(experiment, config["workers"])) as workers:
         failures = experiment.make_models(workers)
         if failures:
             return _end(failures)
