@@ -112,11 +112,10 @@ def status(config: Config) -> int:
     table = Table("family", "seed", "split", "row", "setting", "state", title=experiment.grid.name)
     counts = {"done": 0, "failed": 0, "missing": 0}
     for cell in cells:
-        failure = cell.zoo.store.failure("cells", cell.recipe)
         state, record = "missing", ""
         if experiment.read([cell]):
             state = "done"
-        elif failure is not None:
+        elif (failure := cell.zoo.store.failure("cells", cell.recipe)) is not None:
             state, record = "failed", f" ({failure})"
         counts[state] += 1
         table.add_row(cell.family, str(cell.seed), cell.split, cell.row, cell.setting, f"{state}{record}")
