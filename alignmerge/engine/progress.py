@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ EVERY = 15.0
 """Seconds between two lines of progress, at least; the last one may follow sooner."""
 TICK = 0.5
 """Seconds after which a board looks at the clock, where nobody reports anything."""
+WHOLE = "whole run"
 Reporter = Callable[[int, int], None]
 """Is told how many steps of how many are over; picklable."""
 Event = tuple[str, int, int]
@@ -85,12 +86,19 @@ class Board:
         # Results go to stdout, which may be a file: the bars must not take them along.
         with bars.Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
             tasks: dict[str, Any] = {}
-            whole = progress.add_task("whole run", left="") if self.forecast is not None else None
+            if self.forecast is not None:
+                tasks[WHOLE] = progress.add_task(WHOLE, total=self.forecast.total, left="")
             for event in self._events():
                 if event is not None:
                     _show_task(progress, tasks, event)
-                if self.forecast is not None and whole is not None:
-                    _show_whole(progress, whole, self.forecast)
+                self._show_whole(progress, tasks)
+            self._show_whole(progress, tasks)
+
+    def _show_whole(self, progress: bars.Progress, tasks: Mapping[str, Any]) -> None:
+        if self.forecast is not None:
+            left = self.forecast.left(time.monotonic())
+            rest = "" if left is None else f"about {spelt(left)} left"
+            progress.update(tasks[WHOLE], completed=self.forecast.done, total=self.forecast.total, left=rest)
 
     def _lines(self) -> None:
         said, due = "", time.monotonic()
@@ -116,12 +124,6 @@ def _show_task(progress: bars.Progress, tasks: dict[str, Any], event: Event) -> 
     progress.update(tasks[label], completed=done, total=total)
     if done >= total:
         progress.remove_task(tasks.pop(label))
-
-
-def _show_whole(progress: bars.Progress, task: bars.TaskID, forecast: Forecast) -> None:
-    left = forecast.left(time.monotonic())
-    rest = "" if left is None else f"about {spelt(left)} left"
-    progress.update(task, completed=forecast.done, total=forecast.total, left=rest)
 
 
 def end_with_parent() -> None:

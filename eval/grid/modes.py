@@ -103,9 +103,10 @@ def report(config: Config) -> int:
 def status(config: Config) -> int:
     """List what is done, failed and missing."""
     experiment = experiment_of(config)
-    cells = [*experiment.gate_cells(), *experiment.dev_cells()]
+    cells, finished = [*experiment.gate_cells(), *experiment.dev_cells()], set()
     try:
         chosen = finished_choice(experiment).mergers
+        finished = {cell.label for cell in experiment.dev_cells()}  # which it has read
         cells += [*experiment.reported(chosen), *experiment.trajectory_cells()]
     except NotMade:
         cells += experiment.identity_cells("test", experiment.scorers)
@@ -113,7 +114,7 @@ def status(config: Config) -> int:
     counts = {"done": 0, "failed": 0, "missing": 0}
     for cell in cells:
         state, record = "missing", ""
-        if experiment.read([cell]):
+        if cell.label in finished or experiment.read([cell]):
             state = "done"
         elif (failure := cell.zoo.store.failure("cells", cell.recipe)) is not None:
             state, record = "failed", f" ({failure})"

@@ -170,11 +170,11 @@ def score(scorer: Scorer, subject: StoreSubject) -> Artifact:
     return subject.zoo.store.obtain("scores", score_recipe(scorer, subject), make)
 
 
-def read_scores(artifact: Artifact, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
-    """Return the samples of a score artifact, or some of their columns, with ``detail`` as JSON text."""
+def read_scores(artifact: Artifact) -> pd.DataFrame:
+    """Return the samples of a score artifact with ``detail`` as JSON text."""
     import pandas as pd
 
-    return pd.read_parquet(artifact.path / "samples.parquet", columns=list(columns))
+    return pd.read_parquet(artifact.path / "samples.parquet")
 
 
 def _frame(samples: Sequence[Sample], scorer: Scorer) -> pd.DataFrame:
