@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help run smollm2 smoke test test-cpus lint bench clean
+.PHONY: help first run smollm2 smoke test test-cpus lint bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -12,6 +12,9 @@ help: ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	@bash .ci/install $(VENV) $(PYTHON)
 	@touch $@
+
+first: $(STAMP) ## A first look: one small family trained, merged and scored, in a minute
+	$(BIN)/python run.py
 
 run: $(STAMP) ## Five families trained here, every method, three seeds (about 15 minutes cold on two cores)
 	$(BIN)/python run.py experiment=tiny

@@ -65,7 +65,7 @@ def main() -> int:
         print(f"alignmerge {metadata.version('alignmerge')}")
         return 0
     if asked_for(arguments):
-        print(usage(arguments))
+        print(usage(arguments), flush=True)
         return 0
     return _run(arguments)
 
@@ -81,6 +81,8 @@ def _run(arguments: Sequence[str]) -> int:
         compose()
     except JobFailed as error:
         return int(error.args[0])
+    except BrokenPipeError:
+        raise
     except UNUSABLE as error:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
@@ -115,4 +117,8 @@ def fail(error: Exception, store: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -45,6 +45,8 @@ class Board:
         self.queue: Any = multiprocessing.get_context("spawn").Queue()
         """What worker processes are connected to."""
         self.forecast = forecast
+        self.interrupted = False
+        """Set where the end of the work is told elsewhere: there is no last line then."""
         show = self._bars if sys.stderr.isatty() else self._lines
         self._thread = threading.Thread(target=show, daemon=True)
 
@@ -112,7 +114,7 @@ class Board:
                 said, due = "", time.monotonic() + EVERY
         if self.forecast is not None:
             said = self.forecast.line(time.monotonic())
-        if said:
+        if said and not self.interrupted:
             print(said, file=sys.stderr, flush=True)
 
 

@@ -84,7 +84,8 @@ class Workers:
     def _kill(self) -> None:
         """End all work at once: what a worker was making is made again by the next run."""
         assert self._started is not None
-        _, pool = self._started
+        board, pool = self._started
+        board.interrupted = True
         workers = list(pool._processes.values())  # the pool itself would first let every queued task finish
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
