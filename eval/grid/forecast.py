@@ -12,7 +12,7 @@ from alignmerge.zoo.native import NativeModel
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.cells import Cell
 from eval.grid.experiment import STAGES, Experiment
-from eval.grid.work import SCORES, recorded
+from eval.grid.work import SCORES, likely_choice, recorded
 
 STEP_SECONDS = 0.04
 """Of a training step where no training is recorded. This and the next two only say how the stages compare."""
@@ -29,7 +29,7 @@ def forecast_of(experiment: Experiment, workers: int) -> Forecast:
     stages = []
     for name, models in experiment.missing_models():
         stages.append(Stage(name, len(models), _training(experiment, models, means)))
-    tests = experiment.reported(experiment.provisional()) + experiment.trajectory_cells()
+    tests = experiment.reported(likely_choice(experiment)) + experiment.trajectory_cells()
     cells = {"dev": experiment.gate_cells() + experiment.dev_cells(), "test": tests}
     for split, wanted in cells.items():
         missing = experiment.missing(wanted)
