@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help first run smollm2 smoke test test-cpus lint bench clean
+.PHONY: help run smollm2 smoke test test-cpus lint bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -13,6 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@bash .ci/install $(VENV) $(PYTHON)
 	@touch $@
 
+.PHONY: first
 first: $(STAMP) ## A first look: one small family trained, merged and scored, in a minute
 	$(BIN)/python run.py
 
