@@ -10,9 +10,12 @@ help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	bash .ci/install $(BIN)
-	touch $@
+	@bash .ci/install $(VENV) $(PYTHON)
+	@touch $@
+
+.PHONY: first
+first: $(STAMP) ## A first look: one small family trained, merged and scored, in a minute
+	$(BIN)/python run.py
 
 run: $(STAMP) ## Five families trained here, every method, three seeds (about 15 minutes cold on two cores)
 	$(BIN)/python run.py experiment=tiny

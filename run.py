@@ -9,13 +9,12 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,6 +25,7 @@ fix()  # before anything imports torch or numpy
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which turns them into plain lines
 os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.environ.get("ALIGNMERGE_HUB") is None else "0")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", os.environ["HF_HUB_OFFLINE"])  # of transformers too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the time of large batches
 
@@ -57,19 +57,33 @@ def compose(config: DictConfig) -> None:
 
 
 def main() -> int:
-    """Run and translate errors: one plain line for each fault."""
-    from eval.grid.overrides import composition_faults, with_corpus
+    """Answer what needs no config, or run; one plain line for each fault."""
+    from eval.grid.usage import asked_for, usage
 
-    if "--version" in sys.argv[1:]:
+    arguments = sys.argv[1:]
+    if "--version" in arguments:
         print(f"alignmerge {metadata.version('alignmerge')}")
         return 0
+    if asked_for(arguments):
+        print(usage(arguments), flush=True)
+        return 0
+    return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Complete the command line, run it and translate errors."""
+    from eval.grid.overrides import UNUSABLE, composition_faults, with_corpus
+    from eval.grid.quoting import with_paths
+
     CODES.clear()
-    sys.argv[1:] = with_corpus(sys.argv[1:])
     try:
+        sys.argv[1:] = with_corpus(with_paths(arguments))
         compose()
     except JobFailed as error:
         return int(error.args[0])
-    except (HydraException, OmegaConfBaseException) as error:
+    except BrokenPipeError:
+        raise
+    except UNUSABLE as error:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
         print(
@@ -103,4 +117,8 @@ def fail(error: Exception, store: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

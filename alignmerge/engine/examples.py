@@ -44,12 +44,14 @@ class Batch(NamedTuple):
         return self.ids.shape[1] - first
 
 
-def read_jsonl(path: Path, where: str, keys: Sequence[str] = ("prompt", "response")) -> list[dict[str, Any]]:
-    """Read JSON lines that must have ``keys``; raises BadRequest naming the line at fault."""
+def read_jsonl(
+    path: Path, where: str, keys: Sequence[str] = ("prompt", "response"), *, most: int | None = None
+) -> list[dict[str, Any]]:
+    """Read JSON lines (the first ``most``) that must have ``keys``; raises BadRequest naming the line at fault."""
     if not path.is_file():
         raise BadRequest.of(where, f"no such file: {path}", "a JSONL file with " + " and ".join(keys))
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines()[:most], 1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -70,7 +70,7 @@ def _own_records(zoo: Zoo, alias: str) -> list[dict[str, Any]]:
     recipe = zoo.family.recipes.get(reference.removeprefix("zoo:"))
     if recipe is None or not reference.startswith("zoo:"):
         return records(zoo, "metric")
-    return read_jsonl(zoo.lessons.path / f"{recipe.lessons}.jsonl", own(alias))[:EXPERT_EXAMPLES]
+    return read_jsonl(zoo.lessons.path / f"{recipe.lessons}.jsonl", own(alias), most=EXPERT_EXAMPLES)
 
 
 def _refusals(zoo: Zoo) -> list[dict[str, Any]]:

@@ -66,6 +66,17 @@ class Zoo:
 
         ``<key>@<step>`` is that model as it was after a step of its training that its recipe keeps (``kept``).
         """
+        if not self.store.frozen:
+            return self._source(key, progress)
+        if key not in self._located:  # every cell of a grid asks again, and what is there stays as it is
+            self._located[key] = self._source(key, progress)
+        return self._located[key]
+
+    @cached_property
+    def _located(self) -> dict[str, Location]:
+        return {}
+
+    def _source(self, key: str, progress: Progress) -> Location:
         key, _, step = key.partition("@")
         reference = self.family.references()[key]
         if step:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -22,6 +23,8 @@ from eval.scorers.interface import Scorer
 
 Gates = Mapping[tuple[str, int], Sequence[Verdict]]
 """Family and seed -> every gate with what was measured."""
+STAGES = {"dev": "settings on dev", "test": "rows on test"}
+"""Split -> what measuring its cells is called where progress is shown."""
 Chosen = Mapping[str, Mapping[str, Merger]]
 """Family -> row -> the method with the setting that is reported."""
 
@@ -140,37 +143,55 @@ class Experiment:
 
     def make_models(self, workers: Workers) -> list[Failure]:
         """Make what is missing of the families' models, one stage after the other."""
-        for stage in zip_longest(*(zoo.stages() for zoo in self.zoos), fillvalue=()):
+        for name, models in self.missing_models():
             jobs: list[Job] = []
-            for zoo, keys in zip(self.zoos, stage, strict=True):
-                for key in keys:
-                    if not _is_made(zoo, key):
-                        jobs.append((f"model: {zoo.family.name}, seed {zoo.seed}: {key}", prepare, (zoo, key)))
-            failures = workers.run(jobs)
+            for zoo, key in models:
+                jobs.append((f"model: {zoo.family.name}, seed {zoo.seed}: {key}", prepare, (zoo, key)))
+            failures = workers.run(jobs, name)
             if failures:
                 return failures
         return []
 
+    def model_stages(self) -> Iterator[tuple[str, list[tuple[Zoo, str]]]]:
+        """Yield the name of each stage of making models, and its models; what all seeds share stands there once."""
+        for stage in zip_longest(*(zoo.stages() for zoo in self.zoos), fillvalue=()):
+            models: dict[Any, tuple[Zoo, str]] = {}
+            for zoo, keys in zip(self.zoos, stage, strict=True):
+                for key in keys:
+                    models.setdefault((zoo.family.name, key, _seed_of(zoo, key)), (zoo, key))
+            roles = dict.fromkeys(key.partition(".")[0] for _, key in models.values())
+            yield f"models ({', '.join(roles)})", list(models.values())
+
+    def missing_models(self) -> Iterator[tuple[str, list[tuple[Zoo, str]]]]:
+        """Yield the same of the models that are not made yet."""
+        for name, models in self.model_stages():
+            yield name, [(zoo, key) for zoo, key in models if not _is_made(zoo, key)]
+
     def make(self, workers: Workers, cells: Sequence[Cell]) -> list[Failure]:
-        """Measure the cells that are not in the store yet."""
-        return workers.run([(cell.label, measure, (cell,)) for cell in self.missing(cells)])
+        """Measure the cells of a split that are not in the store yet."""
+        missing = self.missing(cells)
+        stage = STAGES[cells[0].split] if cells else "cells"
+        return workers.run([(cell.label, measure, (cell,)) for cell in missing], stage)
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that the store lacks; of those that come to the same work, the first."""
-        missing: dict[Any, Cell] = {}
+        todo: dict[Any, Cell] = {}
         for cell in cells:
-            if cell.work not in missing and not self.read([cell]):
-                missing[cell.work] = cell
-        return list(missing.values())
+            todo.setdefault(cell.work, cell)
+        for result in self.read(list(todo.values())):
+            del todo[result.cell.work]
+        return list(todo.values())
 
     def read(self, cells: Sequence[Cell]) -> list[CellResult]:
         """Return the finished ones among the cells."""
-        results = []
+        results: list[CellResult] = []
+        try:
+            opened = self.opened
+        except NotMade:
+            return results
         for cell in cells:
-            try:
-                results.append(read(*self.opened[cell.family, cell.seed], cell))
-            except NotMade:
-                continue
+            with suppress(NotMade):
+                results.append(read(*opened[cell.family, cell.seed], cell))
         return results
 
     def gate_verdicts(self) -> Gates:
@@ -195,6 +216,13 @@ class Experiment:
     @property
     def _dev_scorers(self) -> list[Scorer]:
         return list(self.grid.dev_scorers.values())
+
+
+def _seed_of(zoo: Zoo, key: str) -> int:
+    """Return the seed that a model is one of, 0 for one of all seeds; a base brings each seed's lessons with it."""
+    recipe = zoo.family.recipes.get(zoo.family.references()[key].removeprefix("zoo:"))
+    shared = key != "base" and not getattr(recipe, "seeded", recipe is not None)
+    return 0 if shared else zoo.seed
 
 
 def _is_made(zoo: Zoo, key: str) -> bool:

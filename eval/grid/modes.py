@@ -23,6 +23,7 @@ from alignmerge.engine.store import NotMade, write_json
 from eval.grid.ending import conclude, conclude_cell
 from eval.grid.experiment import Experiment
 from eval.grid.folders import folder_of_run
+from eval.grid.forecast import forecast_of
 from eval.grid.plan import print_plan
 from eval.grid.reference import commit_results
 from eval.grid.request import CONF, Config, check_parts, experiment_of, scorers_of, zoo_of
@@ -71,7 +72,7 @@ def run(config: Config) -> int:
     experiment = experiment_of(config)
     experiment.check()
     folder = _results_of(config, experiment)
-    with Workers(config["workers"]) as workers:
+    with Workers(config["workers"], forecast_of(experiment, config["workers"])) as workers:
         failures = experiment.make_models(workers)
         if failures:
             return _end(failures)
@@ -120,20 +121,20 @@ def verify(config: Config) -> int:
 def status(config: Config) -> int:
     """List what is done, failed and missing."""
     experiment = experiment_of(config)
-    cells = [*experiment.gate_cells(), *experiment.dev_cells()]
+    cells, finished = [*experiment.gate_cells(), *experiment.dev_cells()], set()
     try:
         chosen = finished_choice(experiment).mergers
+        finished = {cell.label for cell in experiment.dev_cells()}  # which it has read
         cells += [*experiment.reported(chosen), *experiment.trajectory_cells()]
     except NotMade:
         cells += experiment.identity_cells("test", experiment.scorers)
     table = Table("family", "seed", "split", "row", "setting", "state", title=experiment.grid.name)
     counts = {"done": 0, "failed": 0, "missing": 0}
     for cell in cells:
-        failure = cell.zoo.store.failure("cells", cell.recipe)
         state, record = "missing", ""
-        if experiment.read([cell]):
+        if cell.label in finished or experiment.read([cell]):
             state = "done"
-        elif failure is not None:
+        elif (failure := cell.zoo.store.failure("cells", cell.recipe)) is not None:
             state, record = "failed", f" ({failure})"
         counts[state] += 1
         table.add_row(cell.family, str(cell.seed), cell.split, cell.row, cell.setting, f"{state}{record}")

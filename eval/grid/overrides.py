@@ -9,26 +9,38 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignmerge.engine.configuration import choices, nearest
 from alignmerge.engine.faults import Fault
-from alignmerge.engine.manifest import ROOT
+from eval.grid.quoting import for_the_shell, quoted
+from eval.grid.usage import CONF, MODES
 
-CONF = ROOT / "conf"
-MODES = ("run", "plan", "status", "report", "merge", "score")
+FIRST = "first"
+"""The family that conf/config.yaml chooses."""
+SCORED_AS = "smollm2"
+ALONE = ("--hydra-help", "-sc", "--shell-completion")
+"""Flags of Hydra that stand without overrides."""
+UNUSABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError)
+"""What Hydra raises where it cannot make a config, or a folder that the config names."""
 NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'")
 
 
 def with_corpus(arguments: Sequence[str]) -> list[str]:
-    """Add the corpus that the chosen families are made from, and how it is measured, if none is chosen."""
+    """Add the corpus that the chosen families are made from, and how it is measured, if none is chosen.
+
+    A folder that is scored stands by itself: on real prompts, with the settings of a family that has them.
+    """
     chosen = dict(map(_split, arguments))
-    if "family" not in chosen or not {"corpus", "experiment"}.isdisjoint(chosen):
+    if not {"corpus", "experiment", *ALONE}.isdisjoint(chosen):
         return list(arguments)
+    if "family" not in chosen and chosen.get("mode") == "score":
+        return [*arguments, f"family={SCORED_AS}"]
     files = choices(CONF / "family")
-    names = set(chosen["family"].split(",")).intersection(files)
+    names = set(chosen.get("family", FIRST).split(",")).intersection(files)
     corpora = {yaml.safe_load(files[name].read_text()).get("corpus") for name in names} - {None}
     if len(corpora) != 1:
         return list(arguments)
@@ -44,11 +56,17 @@ def composition_faults(first: Exception) -> list[Fault]:
     The overrides are added one by one, choices of files before values. One that cannot be added is left
     out, and with it what is set inside the file that it should have chosen.
     """
+    if isinstance(first, OSError) and not isinstance(first, HydraException):
+        where, reason = str(first.filename or "config"), first.strerror or str(first)
+        return [Fault(where, reason, "a place that can be read and written")]
+    if isinstance(first, yaml.YAMLError):
+        return [Fault("config", str(first), "valid YAML")]
     arguments = get_args_parser().parse_args()
     used = [f"hydra.searchpath=[{arguments.config_dir or ''}]"]
     config, error = _composed(used)
     if arguments.multirun or error is not None:
-        return [_fault(first, "config", OmegaConf.create())]
+        guilty_one = str(getattr(first, "override", None) or "config")
+        return [_fault(first, guilty_one, OmegaConf.create())]
     guilty: dict[str, Exception] = {}
     inside: tuple[str, ...] = ()
     for override in sorted(arguments.overrides, key=lambda one: "." in _split(one)[0]):
@@ -77,7 +95,7 @@ def _composed(overrides: Sequence[str]) -> tuple[DictConfig, Exception | None]:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose("config", list(overrides)), None
-    except (HydraException, OmegaConfBaseException) as error:
+    except UNUSABLE as error:
         return OmegaConf.create(), error
 
 
@@ -85,22 +103,40 @@ def _fault(error: Exception, guilty: str, config: DictConfig) -> Fault:
     key, value = _split(guilty)
     if isinstance(error, MissingConfigException):
         return _no_choice(error, key)
-    if isinstance(error, OverrideParseException):
-        allowed = "key=value, with quotes around a value that holds any of ,:[]{}()"
-        if guilty in MODES:
-            allowed = f"mode={guilty}"
-        return Fault(guilty, "not understood", allowed)
+    if isinstance(error, OverrideParseException) or not key:
+        return Fault(guilty or "''", "not understood", _readable(guilty, value))
     if "Ambiguous value" in str(error):
         return Fault(key, value, "one value; [a,b] for a list; with -m, a sweep over a,b")
     named = NOT_THERE.search(str(error))
     if named is None:
         return Fault(key, str(error), "what `python run.py --help` lists")
-    parent, _, name = named["key"].rpartition(".")
+    return _not_there(named["key"], value, config)
+
+
+def _not_there(key: str, value: str, config: DictConfig) -> Fault:
+    """Return the fault of a key that the config lacks, or that cannot take such a value."""
+    parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent)
+    if parent == "grid" and node is None:
+        return Fault(key, "there is no grid", "an experiment beside it, e.g. experiment=tiny")
     known = set(map(str, node)) if isinstance(node, DictConfig) else set()
     if name in known:
         return Fault(key, value, f"a value such as {node[name]}")
-    return Fault(named["key"], "unknown key", nearest(name, known) or "a key that `run.py --cfg job` shows")
+    return Fault(key, "unknown key", nearest(name, known) or "a key that `run.py --cfg job` shows")
+
+
+def _readable(guilty: str, value: str) -> str:
+    """Return what could stand for an override that Hydra cannot read."""
+    if guilty in MODES:
+        return f"mode={guilty}"
+    key = guilty.partition("=")[0]
+    try:
+        OverridesParser.create().parse_override(f"{key}={quoted(value)}")
+    except HydraException:
+        value = ""  # it is the key that cannot be read
+    if not value or not value.isprintable() or value.startswith(("[", "{")):
+        return "key=value, with quotes around a value that holds any of ,:[]{}()"
+    return for_the_shell(key, value)
 
 
 def _no_choice(error: MissingConfigException, key: str) -> Fault:

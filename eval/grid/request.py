@@ -15,7 +15,7 @@ import yaml
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.configuration import TARGET, build, choices, nearest
 from alignmerge.engine.family import Family
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, Fault, refuse
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Merger
 from alignmerge.engine.store import Store
@@ -39,15 +39,38 @@ def check_parts(config: Config) -> None:
     Raises:
         BadRequest: with the faults of all parts.
     """
-    makers = {
+    makers: dict[str, Callable[[], Any]] = {
         "family": partial(build, config.get("family", {}), "family", Family),
         "corpus": partial(_corpus, config),
         "method": partial(build, config.get("method", {}), "method", Merger),
         "scorers": partial(_scorers, config),
     }
+    makers["keys"] = partial(_check_keys, config)
+    makers["places"] = partial(_check_places, config)
     if config.get("grid") is not None:
         makers["grid"] = partial(build, config["grid"], "grid", Grid)
     BadRequest.gathered(makers)
+
+
+def _check_keys(config: Config) -> None:
+    """Refuse what was added with ``+`` beside the keys that there are."""
+    usual = yaml.safe_load((CONF / "config.yaml").read_text())
+    groups = {group for one in usual["defaults"] if isinstance(one, dict) for group in one}
+    known = (usual.keys() | groups) - {"defaults", "hydra", "experiment", "override hydra/job_logging"}
+    refuse([Fault(key, "unknown key", nearest(key, known)) for key in sorted(set(config) - known)])
+
+
+def _check_places(config: Config) -> None:
+    """Refuse a place inside of what is a file."""
+    faults = []
+    for key in ("store", "results", "out"):
+        place = config.get(key)
+        if not isinstance(place, str):
+            continue  # said elsewhere, as is an ``out`` that exists
+        above = [*Path(place).parents] if key == "out" else [Path(place), *Path(place).parents]
+        files = list(filter(Path.is_file, above))
+        faults += [Fault(key, f"{path} is a file", "a folder, which may be new") for path in files]
+    refuse(faults)
 
 
 def zoo_of(config: Config) -> Zoo:

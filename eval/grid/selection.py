@@ -83,7 +83,7 @@ def _chosen(
 def _points(results: Sequence[CellResult]) -> pd.DataFrame:
     records = []
     for one in results:
-        means = one.frame.groupby("column")["value"].mean()
+        means = one.values.groupby("column")["value"].mean()
         record = {column: float(means[column]) for column in DEV_COLUMNS}
         place = (one.cell.family, one.cell.row, one.cell.setting, False, False)
         records.append((*place, *record.values(), balanced(record)))

@@ -22,7 +22,7 @@ from alignmerge.engine.merger import EVERY_OWN, Merger, own
 from alignmerge.engine.store import MANIFEST, NotMade
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.cells import Cell
-from eval.grid.experiment import Experiment
+from eval.grid.experiment import Chosen, Experiment
 from eval.grid.selection import finished_choice
 from eval.scorers.interface import Scorer
 
@@ -55,15 +55,20 @@ class Work(NamedTuple):
 
 def jobs_of(experiment: Experiment) -> list[Job]:
     """Return the cells of a grid by family and seed."""
-    try:
-        chosen = finished_choice(experiment).mergers
-    except NotMade:
-        chosen = experiment.provisional()
+    chosen = likely_choice(experiment)
     jobs = {(zoo.family.name, zoo.seed): Job(zoo, []) for zoo in experiment.zoos}
     cells = experiment.gate_cells() + experiment.dev_cells() + experiment.reported(chosen)
     for cell in cells + experiment.trajectory_cells():
         jobs[cell.family, cell.seed].cells.append(cell)
     return list(jobs.values())
+
+
+def likely_choice(experiment: Experiment) -> Chosen:
+    """Return what was selected, or, before the dev split is finished, as many settings as will be."""
+    try:
+        return finished_choice(experiment).mergers
+    except NotMade:
+        return experiment.provisional()
 
 
 def made_here(reference: str) -> bool:

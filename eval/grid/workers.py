@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +15,7 @@ from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from alignmerge.engine.forecast import Forecast
 from alignmerge.engine.progress import Board, connect, end_with_parent
 
 
@@ -31,8 +33,9 @@ Job = tuple[str, Callable[..., None], tuple[Any, ...]]
 class Workers:
     """A context manager of the main process; its processes stay up from one stage of a grid to the next."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, forecast: Forecast | None = None) -> None:
         self.count = count
+        self.forecast = forecast or Forecast((), count, recorded=False, after=0.0, now=time.monotonic())
         self._open = ExitStack()
         self._started: tuple[Board, ProcessPoolExecutor] | None = None
 
@@ -46,9 +49,13 @@ class Workers:
             self._kill()
         self._stop()
 
-    def run(self, tasks: Sequence[Job]) -> list[Failure]:
-        """Run tasks and return those that failed; the others go on, unless a process was killed."""
+    def run(self, tasks: Sequence[Job], stage: str = "tasks") -> list[Failure]:
+        """Run tasks and return those that failed; the others go on, unless a process was killed.
+
+        ``stage``: what they are called where progress is shown.
+        """
         failures: list[Failure] = []
+        self.forecast.begin(stage, len(tasks))
         if not tasks:
             return failures
         futures: dict[Future[None], str] = {}
@@ -56,19 +63,18 @@ class Workers:
             board, pool = self._start()
             for label, function, arguments in tasks:
                 futures[pool.submit(work, function, *arguments, board.reporter(label))] = label
-        everything = board.reporter("all tasks")
-        for done, future in enumerate(as_completed(futures), 1):
+        for future in as_completed(futures):
+            self.forecast.finish(futures[future], time.monotonic())
             error = future.exception()
             if error is not None:
                 failures.append(Failure(futures[future], error))
-            everything(done, len(tasks))
         if any(isinstance(failure.error, BrokenProcessPool) for failure in failures):
             self._stop()
         return failures
 
     def _start(self) -> tuple[Board, ProcessPoolExecutor]:
         if self._started is None:
-            board = self._open.enter_context(Board())
+            board = self._open.enter_context(Board(self.forecast))
             pool = ProcessPoolExecutor(
                 self.count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(board.queue,)
             )
@@ -78,7 +84,8 @@ class Workers:
     def _kill(self) -> None:
         """End all work at once: what a worker was making is made again by the next run."""
         assert self._started is not None
-        _, pool = self._started
+        board, pool = self._started
+        board.interrupted = True
         workers = list(pool._processes.values())  # the pool itself would first let every queued task finish
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:

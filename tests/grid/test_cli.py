@@ -8,6 +8,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -28,6 +30,7 @@ from alignmerge.engine.checkpoint import SINGLE, Checkpoint
 from alignmerge.engine.configuration import choices
 from alignmerge.engine.manifest import ROOT
 from eval.grid.overrides import with_corpus
+from eval.grid.quoting import for_the_shell, with_paths
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
@@ -37,6 +40,7 @@ COUNT = "a whole number of at least"
 NONE_YET = "a path that does not exist yet"
 TARGETS = "a dataclass of alignmerge, baselines, eval"
 SCORERS = "aqi, geometry, judge, subspaces, toxicity, utility"
+MODES = "run? merge, plan, report, run, score, status"
 PLAN = "mode=plan"
 ELLIPSIS = "…"
 """Ends an expected line of which only the beginning is compared."""
@@ -202,7 +206,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["seed=1.5", "workers=two"],
      [f"seed: 1.5; allowed: {COUNT} 0", f"workers: 'two'; allowed: {COUNT} 1"]),
     (["seed=true"], [f"seed: True; allowed: {COUNT} 0"]),
-    (["store=null", "results=3"], ["store: None; allowed: a path", "results: 3; allowed: a path"]),
+    (["store=null", "results=[3]"], ["store: None; allowed: a path", "results: [3]; allowed: a path"]),
     (["mode=plan", "store=${nope}"], ["store: Interpolation key 'nope' not found…"]),
     (["~method", "~workers", PLAN],
      ["workers: deleted; allowed: a value", f"method._target_: None; allowed: {TARGETS}"]),
@@ -211,7 +215,18 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
      ["scorer=[aqi,judge: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()",
       f"foo: unknown key; allowed: {KEYS}"]),
     (["family=local,smoke"], ["family: local,smoke; allowed: one value; [a,b] for a list; with -m, a sweep over a,b"]),
-    (["grid.name=x"], ["grid.name: unknown key; allowed: a key that `run.py --cfg job` shows"]),
+    (["grid.name=x"], ["grid.name: there is no grid; allowed: an experiment beside it, e.g. experiment=tiny"]),
+    (["+foo=1"], [f"foo: unknown key; allowed: {KEYS}"]),
+    (["corpus.seed={a"], ["corpus.seed={a: not understood; allowed: key=value, with quotes around a value that…"]),
+    (["family.note=a b=c's"], ["family.note=a b=c's: not understood; allowed: 'family.note=\"a b=c'\"'\"'s\"'"]),
+    (["method=\udcff"], ["method=\\udcff: not understood; allowed: key=value, with quotes…"]),
+    (["=", PLAN], ["=: not understood; allowed: key=value, with quotes…"]),
+    (["method=null"], ["method: Config group override must be a string or a list. Got NoneType; allowed: what…"]),
+    (["-m", "method=ties,"], ["method=ties,: not understood; allowed: 'method=\"ties,\"'"]),
+    (["hydra.run.dir=/proc/x", PLAN], ["/proc/x: No such file or directory; allowed: a place that can be read…"]),
+    ([f"store={__file__}", f"results={__file__}/x", PLAN],
+     [f"store: {__file__} is a file; allowed: a folder, which may be new",
+      f"results: {__file__} is a file; allowed: a folder, which may be new"]),
     (["-m", "method=ties,nope", PLAN], ["method: no such choice: nope…"]),
     (["-m", "method=ties,average", "method.density=2", PLAN], ["method.density: unknown key…"]),
     (["family=local", PLAN],
@@ -234,7 +249,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["mode=merge", "scorer.aqi.replicates=abc"], ["scorer.aqi.replicates: 'abc' (str); allowed: int"]),
     (["mode=report", "family=smoke", "corpus=toy"],
      ["mode: report, and the store holds no finished experiment; allowed: mode=run first"]),
-    (["family.experts.arithmetic=zoo:nope", PLAN],
+    (["family=smollm2", "family.experts.arithmetic=zoo:nope", PLAN],
      ["family.experts.arithmetic: no recipe 'zoo:nope'; allowed: family.recipes: anchor, arithmetic, format"]),
     (["corpus.seed=x", "family.threads=0", PLAN],
      [f"family.threads: 0; allowed: {COUNT} 1", "corpus.seed: 'x' (str); allowed: int"]),
@@ -287,7 +302,10 @@ def test_user_sees_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["family=smollm2"], "alignmerge.zoo.corpus.Packaged"),
         (["family=tiny/llama3", "corpus=toy"], "alignmerge.zoo.toy.Toy"),
         (["family=tiny/llama3", "experiment=smoke"], "alignmerge.zoo.toy.Toy"),
-        ([], "alignmerge.zoo.corpus.Packaged"),
+        ([], "alignmerge.zoo.world.World"),
+        (["method=ties"], "alignmerge.zoo.world.World"),
+        (["mode=score"], "alignmerge.zoo.corpus.Packaged"),
+        (["experiment=smollm2"], "alignmerge.zoo.corpus.Packaged"),
     ],
 )
 def test_a_family_brings_the_corpus_that_it_is_made_from(overrides: list[str], world: str) -> None:
@@ -320,17 +338,107 @@ def test_help_and_the_composed_config(tmp_path: Path) -> None:
         "variant": "global",
     }
     assert config["grid"]["name"] == config["family"]["name"] == "smoke"
-    helped = call("--help")
-    assert helped.code == 0
-    groups = ("method: alignmerge, average", "_tiny, _world, paper, smoke, smollm2, tiny")
-    for word in (
-        "== Configuration groups ==",
-        *groups,
-        "experiment/ablation: _controls, _rows, smollm2, tiny",
-        "seed: 0",
-    ):
-        assert word in helped.out
     assert tree(tmp_path) == {}
+
+
+def test_help_lists_what_there_is_without_helper_files() -> None:
+    helped = call("--help")
+    assert (helped.code, helped.err) == (0, "") and call("-h") == helped
+    words = helped.out.split()
+    for group in ("family", "method", "scorer", "experiment", "corpus"):
+        files = [
+            str(path.relative_to(ROOT / "conf" / group))[:-5]
+            for path in (ROOT / "conf" / group).rglob("*.yaml")
+        ]
+        hidden = {name for name in files if name.rpartition("/")[2].startswith("_")}
+        assert set(files) - hidden <= set(words) and hidden.isdisjoint(words)
+    for mode in re.findall(r"\w+", MODES.replace("run? ", "")):
+        assert f"\n  {mode} " in helped.out and (f"mode={mode}" in helped.out or mode == "run")
+    for line in (
+        "seed      data order",
+        "default: ${oc.env:ALIGNMERGE_STORE,store}",
+        "Exit codes: 0 done; 2 the request",
+    ):
+        assert line in helped.out
+
+
+def test_help_beside_a_choice_shows_its_fields() -> None:
+    helped = call("method=ties", "--help")
+    assert helped.code == 0 and "density: 0.2 # (0, 1]; share of each delta that is kept" in helped.out
+    assert "Modes" not in helped.out
+
+
+def test_help_of_hydra_stays_hydras() -> None:
+    assert "Hydra" in call("--hydra-help").out
+    assert "Config search path" in call("--info", "searchpath").out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = "import sys, runpy; sys.argv = ['run.py', '--help']\n"
+    program += "try: runpy.run_path('run.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    program += "print([name for name in ('torch', 'numpy', 'pandas', 'transformers') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "[]"
+
+
+AWKWARD = (
+    "a b",
+    "a=b",
+    "a#b",
+    "mödel",
+    "a,b",
+    "it's",
+    'say "x"',
+    "{odd}",
+    "[x]",
+    "back\\",
+    "a: b",
+    "1",
+    "~",
+    "x~y",
+    " y ",
+)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_paths_are_taken_as_they_are_typed(name: str, desk: Path) -> None:
+    given = [
+        f"family.base={desk}/{name}",
+        f"out=out/{name}",
+        f"model={name}/x",
+        "family=local",
+        f"family.anchor=/a/{name}",
+    ]
+    given += [f"family.experts.math=/m/{name}", f"+family.experts.my-code=/c/{name}"]
+    config = yaml.safe_load(call("--cfg", "job", *given).out)
+    assert config["out"] == f"out/{name}" and config["family"]["base"] == f"{desk}/{name}"
+    assert config["model"] == str(Path(f"{name}/x").expanduser() if name == "~" else f"{name}/x")
+    assert config["family"]["experts"] == {"math": f"/m/{name}", "my-code": f"/c/{name}"}
+
+
+def test_experts_as_a_mapping_and_home_folders(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/zoë")
+    experts = "family.experts={math: /tmp/a b, code: ~/x=1, 2#, hub: hub:org/name@main, own: 'quoted, already'}"
+    config = yaml.safe_load(call("--cfg", "job", "family=local", experts, "out=~/my models/x", "store=~").out)
+    found = config["family"]["experts"]
+    assert found == {
+        "math": "/tmp/a b", "code": "/home/zoë/x=1, 2#", "hub": "hub:org/name@main", "own": "quoted, already",
+    }  # fmt: skip
+    assert (config["out"], config["store"]) == ("/home/zoë/my models/x", "/home/zoë")
+    added = yaml.safe_load(call("--cfg", "job", "family=smollm2", "family.experts.more=/x y").out)
+    assert list(added["family"]["experts"])[-1] == "more" and len(added["family"]["experts"]) == 3
+
+
+def test_a_sweep_over_paths_and_what_is_no_path(desk: Path) -> None:
+    assert with_paths(["-m", "model=a b,c#d"]) == ["-m", "model='a b','c#d'"]
+    for left in ("out=null", "out=", "out='a b'", "store=${x}", "method=ties", "plan", "--cfg"):
+        assert with_paths([left]) == [left]
+
+
+def test_suggested_quoting_is_read_back_by_shell_and_hydra() -> None:
+    for value in AWKWARD:
+        (typed,) = shlex.split(for_the_shell("family.note", value))
+        assert yaml.safe_load(call("--cfg", "job", typed).out)["family"]["note"] == value
 
 
 # --- models of one's own -------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.manifest import ROOT
-from alignmerge.engine.progress import Reporter
+from alignmerge.engine.progress import EVERY, Reporter
 from alignmerge.engine.store import Store
 from eval.grid.cells import Cell, measure
 from eval.scorers.judge import ENCODER, HUMAN
@@ -139,11 +139,19 @@ def test_smoke_ends_well_and_says_where_the_results_are(smoke: Smoke) -> None:
     assert smoke.said.code == 0, smoke.said.err
     assert "report: results/smoke/report.html (" in smoke.said.out
     assert "Traceback" not in smoke.said.err and "failed" not in smoke.said.err
-    progress = [
-        line for line in smoke.said.err.splitlines() if re.search(r"\(\d+ s, about \d+ s left\)$", line)
-    ]
-    assert any(line.startswith("all tasks: ") for line in progress)
-    assert any(line.startswith(f"dev: {PLACE}: ties [density=") for line in progress)
+
+
+def test_progress_in_a_pipe_covers_the_whole_run_and_ends_at_its_total(smoke: Smoke) -> None:
+    """Every task printed four lines, and time left was that of the stage alone."""
+    lines = [line for line in smoke.said.err.splitlines() if "whole run" in line]
+    assert lines == smoke.said.err.splitlines()
+    counts = [tuple(map(int, re.findall(r"whole run (\d+)/(\d+)", line)[0])) for line in lines]
+    assert counts == sorted(counts) and all(done <= total for done, total in counts)
+    assert counts[-1][0] == counts[-1][1] == counts[0][1]  # what was forecast is what was done
+    gone = re.search(r"; (\d+) (s|min) gone", lines[-1])
+    assert gone is not None
+    seconds = int(gone[1]) * {"s": 1, "min": 60}[gone[2]] + 60
+    assert len(lines) <= 2 + seconds / EVERY
 
 
 def test_a_missed_gate_informs_and_the_run_goes_on_to_its_report(at: Smoke) -> None:
@@ -301,7 +309,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail at the first model that is loaded, and at the first task that is given to a worker."""
 
-    def nothing(_: object, tasks: list[Any]) -> list[Any]:
+    def nothing(_: object, tasks: list[Any], stage: str) -> list[Any]:
         assert tasks == [], [task[0] for task in tasks]
         return []
 

@@ -16,8 +16,10 @@ from conftest import MakesModel
 from rich.console import Console
 from test_configs import composed
 
+from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.family import Family
 from alignmerge.engine.merger import Merger
+from alignmerge.engine.store import Artifact
 from alignmerge.method import AlignMerge
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
@@ -204,3 +206,27 @@ def test_plan_says_what_hours_rest_on(experiment: Experiment, record: Records) -
     assert "the median seconds that 1 finished artifacts recorded (Linux abacus), with workers=2" in text
     record("merges", 360, family="one")
     assert re.search(rf"> {0.1 * merges:.2f} │ +its own │", printed(experiment, 1))
+
+
+def test_a_frozen_zoo_looks_for_a_model_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell asked again, and opened its folder and those of all ancestors: half the time of ``mode=status``."""
+    (zoo,) = experiment.zoos
+    zoo.models()
+    frozen, opened = zoo.frozen(), []
+    real = Checkpoint.open.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda *given: opened.append(given) or real(*given)))
+    found = [frozen.source("anchor") for _ in range(3)]
+    once = len(opened)
+    assert found[0] == found[1] == found[2] == zoo.source("anchor") and once >= 1
+    assert len(opened) == 2 * once
+
+
+def test_values_are_those_of_the_whole_samples(tmp_path: Path, experiment: Experiment) -> None:
+    scores = {}
+    for number, name in enumerate(("one", "two")):
+        frame = pd.DataFrame({"id": ["a", "b"], "column": [name, "x"], "value": [number, 0.5], "detail": "{}"})
+        (tmp_path / name).mkdir()
+        frame.astype({"value": float}).to_parquet(tmp_path / name / "samples.parquet")
+        scores[name] = Artifact(name, tmp_path / name, {})
+    result = CellResult(experiment.dev_cells()[0], scores, None)
+    assert result.values.equals(result.frame[["column", "value"]])
