@@ -13,6 +13,7 @@ from alignmerge.engine.manifest import file_sha256
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
     "added_tokens.json", "special_tokens_map.json", TOKENIZER_CONFIG, "chat_template.jinja",

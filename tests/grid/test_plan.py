@@ -78,7 +78,7 @@ def test_other_architecture_of_equal_shapes(tiny_model: MakesModel) -> None:
 
 def test_other_heads_of_equal_shapes(tiny_model: MakesModel, copied: Copies) -> None:
     other = copied(tiny_model("llama"))
-    edit_json(other / "config.json", num_attention_heads=2, num_key_value_heads=1)
+    edit_json(other / "config.json", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     assert against(tiny_model("llama"), other) == [
         "config.json: num_attention_heads is 2; allowed: 4, as in the base",
         "config.json: num_key_value_heads is 1; allowed: 2, as in the base",
@@ -193,10 +193,11 @@ def test_missing_extra_and_misshapen_tensors(tiny_model: MakesModel, copied: Cop
         tensors["lm_head.weight"] = torch.ones(97, 31)
 
     edit_tensors(other, change)
+    described = "LlamaForCausalLM as config.json describes it"
     assert against(base, other) == [
-        f"{SINGLE}: tensor 'lm_head.weight' has shape [97, 31]; allowed: [97, 32], as in the base",
-        f"{SINGLE}: tensor 'model.extra.weight' is not in the base; allowed: only tensors of the base, {base}",
-        f": tensor 'model.norm.weight' is missing; allowed: every tensor of the base, {base}",
+        f"{SINGLE}: tensor 'model.extra.weight' has no place in the model; allowed: only weights of {described}",
+        f"{SINGLE}: tensor 'lm_head.weight' has shape [97, 31]; allowed: [97, 32], as config.json describes it",
+        f": tensor 'model.norm.weight' is missing; allowed: every weight of {described}",
     ]
 
 
