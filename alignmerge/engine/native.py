@@ -14,6 +14,21 @@ import torch
 from alignmerge.engine.faults import Fault, first_few
 from alignmerge.engine.validation import Specs, TensorSpec
 
+SILENT = frozenset((
+    "_name_or_path", "architectures", "dtype", "transformers_version", "model_type",  # who wrote it, what it is
+    "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward",  # how it is called
+    "id2label", "label2id", "problem_type",  # other tasks
+    "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "pretraining_tp",  # training
+    "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings",  # the tensors tell
+    "use_sliding_window", "max_window_layers",  # sliding_window and layer_types follow from them
+    "rope_parameters.type",  # an older name of rope_type
+))  # fmt: skip
+"""Settings that change no number of a model with given tensors, or that are compared by those."""
+LENGTHS = frozenset(("max_position_embeddings", "original_max_position_embeddings"))
+LENGTH_MATTERS = frozenset(("dynamic", "longrope", "yarn"))
+"""The kinds of rotary embeddings that go by ``LENGTHS``; with others they are only told."""
+
 
 class Native(NamedTuple):
     """A causal language model of transformers, without its weights."""
@@ -38,6 +53,18 @@ class Native(NamedTuple):
             if name in self.shapes:
                 return name
         return None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides, beside the tensors, which function the model is: defaults included, nested as ``a.b``.
+
+        Keys of config.json that the architecture does not have are not among them: transformers ignores them.
+        """
+        content, known = self.config.to_dict(), type(self.config)().to_dict()
+        found = _flat({key: value for key, value in content.items() if key in known})
+        ignored = SILENT if found.get("rope_parameters.rope_type") in LENGTH_MATTERS else SILENT | LENGTHS
+        if "sliding_attention" not in (found.get("layer_types") or ["sliding_attention"]):
+            ignored |= {"sliding_window"}
+        return {key.removeprefix("rope_parameters."): found[key] for key in found.keys() - ignored}
 
 
 def native(config: Mapping[str, Any]) -> Native:
@@ -92,6 +119,13 @@ def _built(text: str) -> Native:
         raise ValueError(_one_line(error)) from None
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     return Native(kind, config, shapes, dict(model.all_tied_weights_keys))
+
+
+def _flat(content: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{parent}{key}.") if isinstance(value, dict) else {f"{parent}{key}": value}
+    return found
 
 
 def _one_line(error: Exception) -> str:

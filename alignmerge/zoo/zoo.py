@@ -106,7 +106,8 @@ class Zoo:
     def models(self) -> Models:
         """Open every model (headers only), its digest known; raises BadRequest with every conflict found."""
         found = BadRequest.gathered({key: partial(self.source, key) for key in self.family.references()})
-        models = open_models({key: location.folder for key, location in found.items()})
+        folders = {key: location.folder for key, location in found.items()}
+        models = open_models(folders, self.family.allow_config_differences)
         for model in filter(None, (models.base, models.pretrained, *models.pool)):
             model.known_as(found[model.where.removeprefix("family.")].digest)
         return models

@@ -80,8 +80,11 @@ def test_other_heads_of_equal_shapes(tiny_model: MakesModel, copied: Copies) -> 
     other = copied(tiny_model("llama"))
     edit_json(other / "config.json", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     assert against(tiny_model("llama"), other) == [
-        "config.json: num_attention_heads is 2; allowed: 4, as in the base",
-        "config.json: num_key_value_heads is 1; allowed: 2, as in the base",
+        "config.json: head_dim is 16; allowed: 8, as in the base, or family.allow_config_differences=[head_dim]",
+        "config.json: num_attention_heads is 2; allowed: 4, as in the base, "
+        "or family.allow_config_differences=[num_attention_heads]",
+        "config.json: num_key_value_heads is 1; allowed: 2, as in the base, "
+        "or family.allow_config_differences=[num_key_value_heads]",
     ]
 
 
