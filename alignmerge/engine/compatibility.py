@@ -1,28 +1,19 @@
 """What a merge will meet, from headers alone: every conflict at once, before any weight is read."""
 
-import filecmp
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignmerge.engine.checkpoint import HEAD, Checkpoint
 from alignmerge.engine.faults import BadRequest, Fault, first_few, refuse
-from alignmerge.engine.folder import CONFIG, read_json
+from alignmerge.engine.folder import CONFIG
 from alignmerge.engine.merger import Models
 from alignmerge.engine.native import native
+from alignmerge.engine.vocabulary import vocabulary_faults
 
 STRUCTURE = ("model_type", "architectures", "vocab_size")
 """Config keys that must agree where both models state them."""
 ALLOW = "family.allow_config_differences"
-
-
-class Vocabulary(NamedTuple):
-    """The tokens of one tokenizer.json."""
-
-    tokens: Mapping[str, int]
-    """Token -> id, added tokens included."""
-    added: Set[str]
-    """Tokens that were added to the trained vocabulary (padding, turn marks)."""
 
 
 def open_models(folders: Mapping[str, Path], allowed: Collection[str] = ()) -> Models:
@@ -51,7 +42,10 @@ def open_checkpoints(folders: Mapping[str, Path], allowed: Collection[str] = ())
     for other in opened.values():
         if base is not None and other is not base:
             faults += [*_structure(base, other), *_settings(base, other, allowed)]
-            faults += [*_vocabularies(base, other), *_tensors(base, other)]
+            faults += [
+                *vocabulary_faults(base.folder, base.where, other.folder, other.where),
+                *_tensors(base, other),
+            ]
     refuse(dict.fromkeys(faults))  # a fault of the base's tokenizer is found once per model
     return opened
 
@@ -116,56 +110,6 @@ def _tensors(base: Checkpoint, other: Checkpoint) -> list[Fault]:
             continue
         faults.append(Fault(f"{other.where}: {file}", f"tensor '{name}' {given}", allowed))
     return first_few(faults)
-
-
-def _vocabularies(base: Checkpoint, other: Checkpoint) -> list[Fault]:
-    ours, theirs = base.folder / "tokenizer.json", other.folder / "tokenizer.json"
-    if not ours.is_file() or not theirs.is_file() or filecmp.cmp(ours, theirs, shallow=False):
-        return []
-    wanted, faults = _vocabulary(ours, base.where)
-    given, more = _vocabulary(theirs, other.where)
-    if faults or more:
-        return [*faults, *more]
-    different = _differing(wanted, given)
-    if not different:
-        return []
-    differ = "tokens differ" if len(different) > 1 else "token differs"
-    what = f"{len(different)} {differ} from the base's, such as {min(different)!r}"
-    return [Fault(f"{other.where}: {theirs}", f"another vocabulary ({what})", "the vocabulary of the base")]
-
-
-def _vocabulary(path: Path, where: str) -> tuple[Vocabulary, list[Fault]]:
-    allowed = "the tokenizer.json of the tokenizers library"
-    content, faults = read_json(path, where, allowed)
-    if not faults:
-        try:
-            tokens = _trained(content["model"]["vocab"])
-            added = {str(entry["content"]): int(entry["id"]) for entry in content.get("added_tokens") or ()}
-            return Vocabulary(tokens | added, added.keys() - tokens.keys()), []
-        except (KeyError, TypeError, ValueError, IndexError):
-            faults.append(Fault(f"{where}: {path}", "no vocabulary in the tokenizer", allowed))
-    return Vocabulary({}, set()), faults
-
-
-def _trained(vocabulary: Any) -> dict[str, int]:
-    """Return token -> id of a vocabulary: a mapping, or a Unigram model's list of (token, score)."""
-    if isinstance(vocabulary, dict):
-        return vocabulary
-    return {str(entry[0]): i for i, entry in enumerate(vocabulary)}
-
-
-def _differing(ours: Vocabulary, theirs: Vocabulary) -> set[str]:
-    """Return the tokens that mean another row of the embeddings, or that only one side knows.
-
-    A token that one side *added* in a row which the other does not use (often padding) is no conflict.
-    """
-    shared = ours.tokens.keys() & theirs.tokens.keys()
-    different = {token for token in shared if ours.tokens[token] != theirs.tokens[token]}
-    for one, another in ((ours, theirs), (theirs, ours)):
-        rows = set(another.tokens.values())
-        alone = one.tokens.keys() - another.tokens.keys()
-        different |= {token for token in alone if token not in one.added or one.tokens[token] in rows}
-    return different
 
 
 def _unordered(value: Any) -> Any:
