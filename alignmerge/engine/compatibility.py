@@ -1,41 +1,35 @@
 """What a merge will meet, from headers alone: every conflict at once, before any weight is read."""
 
-import filecmp
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignmerge.engine.checkpoint import HEAD, Checkpoint
 from alignmerge.engine.faults import BadRequest, Fault, first_few, refuse
-from alignmerge.engine.folder import CONFIG, read_json
+from alignmerge.engine.folder import CONFIG
 from alignmerge.engine.merger import Models
+from alignmerge.engine.native import native
+from alignmerge.engine.vocabulary import vocabulary_faults
 
-STRUCTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "vocab_size")
-"""Config keys that must agree where both models state them: shapes alone do not show all of them."""
-
-
-class Vocabulary(NamedTuple):
-    """The tokens of one tokenizer.json."""
-
-    tokens: Mapping[str, int]
-    """Token -> id, added tokens included."""
-    added: Set[str]
-    """Tokens that were added to the trained vocabulary (padding, turn marks)."""
+STRUCTURE = ("model_type", "architectures", "vocab_size")
+"""Config keys that must agree where both models state them."""
+ALLOW = "family.allow_config_differences"
 
 
-def open_models(folders: Mapping[str, Path]) -> Models:
+def open_models(folders: Mapping[str, Path], allowed: Collection[str] = ()) -> Models:
     """Open every checkpoint of a family from headers only and hold it against the base.
 
-    Keys are ``base``, ``anchor``, optionally ``pretrained``, and ``experts.<alias>`` in order.
+    Keys are ``base``, ``anchor``, optionally ``pretrained``, and ``experts.<alias>`` in order; ``allowed`` names
+    settings in which anchor and experts may differ from the base.
     Raises BadRequest with all faults of all models, each naming ``family.<key>`` and the file.
     """
-    opened = open_checkpoints(folders)
+    opened = open_checkpoints(folders, allowed)
     base, anchor, pretrained = opened.pop("base"), opened.pop("anchor"), opened.pop("pretrained", None)
     experts = {key.removeprefix("experts."): expert for key, expert in opened.items()}
     return Models(base, anchor, experts, pretrained)
 
 
-def open_checkpoints(folders: Mapping[str, Path]) -> dict[str, Checkpoint]:
+def open_checkpoints(folders: Mapping[str, Path], allowed: Collection[str] = ()) -> dict[str, Checkpoint]:
     """Do the same with what there is of a family, and leave it under its keys."""
     opened: dict[str, Checkpoint] = {}
     faults: list[Fault] = []
@@ -47,7 +41,11 @@ def open_checkpoints(folders: Mapping[str, Path]) -> dict[str, Checkpoint]:
     base = opened.get("base")
     for other in opened.values():
         if base is not None and other is not base:
-            faults += [*_structure(base, other), *_vocabularies(base, other), *_tensors(base, other)]
+            faults += [*_structure(base, other), *_settings(base, other, allowed)]
+            faults += [
+                *vocabulary_faults(base.folder, base.where, other.folder, other.where),
+                *_tensors(base, other),
+            ]
     refuse(dict.fromkeys(faults))  # a fault of the base's tokenizer is found once per model
     return opened
 
@@ -56,13 +54,41 @@ def _structure(base: Checkpoint, other: Checkpoint) -> list[Fault]:
     where = f"{other.where}: {other.folder / CONFIG}"
     faults = []
     for key in STRUCTURE:
-        wanted, given = base.config.get(key), other.config.get(key)
+        wanted, given = _unordered(base.config.get(key)), _unordered(other.config.get(key))
         if None not in (wanted, given) and wanted != given:
             faults.append(Fault(where, f"{key} is {_plain(given)}", f"{_plain(wanted)}, as in the base"))
     if base.tied != other.tied:
         words = ("a matrix of its own", "tied to the embeddings")
         given = f"the output matrix is {words[other.tied]}"
         faults.append(Fault(where, given, f"{words[base.tied]}, as in the base"))
+    return faults
+
+
+def differing_settings(base: Checkpoint, other: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Return setting -> its value in each of two models of one architecture, where they are not the same function.
+
+    Defaults count as if they were stated; what changes no number (versions, dtypes, dropout, ...) does not count.
+    """
+    if base.config["model_type"] != other.config["model_type"]:
+        return {}
+    ours, theirs = native(base.config).settings(), native(other.config).settings()
+    found = {}
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            found[key] = ours.get(key), theirs.get(key)
+    return found
+
+
+def _settings(base: Checkpoint, other: Checkpoint, allowed: Collection[str]) -> list[Fault]:
+    """Return the settings in which a model that is merged differs; theta_0 is only a point of reference."""
+    if other.where == "family.pretrained":
+        return []
+    where = f"{other.where}: {other.folder / CONFIG}"
+    faults = []
+    for key, (wanted, given) in differing_settings(base, other).items():
+        if key not in allowed:
+            instead = f"{_plain(wanted)}, as in the base, or {ALLOW}=[{key}]"
+            faults.append(Fault(where, f"{key} is {_plain(given)}", instead))
     return faults
 
 
@@ -86,54 +112,8 @@ def _tensors(base: Checkpoint, other: Checkpoint) -> list[Fault]:
     return first_few(faults)
 
 
-def _vocabularies(base: Checkpoint, other: Checkpoint) -> list[Fault]:
-    ours, theirs = base.folder / "tokenizer.json", other.folder / "tokenizer.json"
-    if not ours.is_file() or not theirs.is_file() or filecmp.cmp(ours, theirs, shallow=False):
-        return []
-    wanted, faults = _vocabulary(ours, base.where)
-    given, more = _vocabulary(theirs, other.where)
-    if faults or more:
-        return [*faults, *more]
-    different = _differing(wanted, given)
-    if not different:
-        return []
-    differ = "tokens differ" if len(different) > 1 else "token differs"
-    what = f"{len(different)} {differ} from the base's, such as {min(different)!r}"
-    return [Fault(f"{other.where}: {theirs}", f"another vocabulary ({what})", "the vocabulary of the base")]
-
-
-def _vocabulary(path: Path, where: str) -> tuple[Vocabulary, list[Fault]]:
-    allowed = "the tokenizer.json of the tokenizers library"
-    content, faults = read_json(path, where, allowed)
-    if not faults:
-        try:
-            tokens = _trained(content["model"]["vocab"])
-            added = {str(entry["content"]): int(entry["id"]) for entry in content.get("added_tokens") or ()}
-            return Vocabulary(tokens | added, added.keys() - tokens.keys()), []
-        except (KeyError, TypeError, ValueError, IndexError):
-            faults.append(Fault(f"{where}: {path}", "no vocabulary in the tokenizer", allowed))
-    return Vocabulary({}, set()), faults
-
-
-def _trained(vocabulary: Any) -> dict[str, int]:
-    """Return token -> id of a vocabulary: a mapping, or a Unigram model's list of (token, score)."""
-    if isinstance(vocabulary, dict):
-        return vocabulary
-    return {str(entry[0]): i for i, entry in enumerate(vocabulary)}
-
-
-def _differing(ours: Vocabulary, theirs: Vocabulary) -> set[str]:
-    """Return the tokens that mean another row of the embeddings, or that only one side knows.
-
-    A token that one side *added* in a row which the other does not use (often padding) is no conflict.
-    """
-    shared = ours.tokens.keys() & theirs.tokens.keys()
-    different = {token for token in shared if ours.tokens[token] != theirs.tokens[token]}
-    for one, another in ((ours, theirs), (theirs, ours)):
-        rows = set(another.tokens.values())
-        alone = one.tokens.keys() - another.tokens.keys()
-        different |= {token for token in alone if token not in one.added or one.tokens[token] in rows}
-    return different
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def _plain(value: object) -> str:

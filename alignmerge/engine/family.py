@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Family:
     """JSONL of {prompt, response} for F_A; None: made from the corpus and the base's own benign answers."""
     metric: str | None = None
     """JSONL of {prompt, response} for the metric G; None: made likewise."""
+
+    allow_config_differences: Sequence[str] = ()
+    """Settings of config.json in which anchor and experts may differ from the base; the merge has the base's."""
 
     def __post_init__(self) -> None:
         faults = [*self._alias_faults(), *self._value_faults(), *self._recipe_faults()]

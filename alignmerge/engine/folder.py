@@ -13,12 +13,23 @@ from alignmerge.engine.manifest import file_sha256
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
     "added_tokens.json", "special_tokens_map.json", TOKENIZER_CONFIG, "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """The tokenizer with its chat templates, as patterns: the one list of what is fetched, copied, hashed."""
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files that hold a vocabulary, in the order in which transformers looks for them."""
+OF_TEXTS = (
+    "chat_template",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+)
+"""Keys of tokenizer_config.json that have no say in which token has which id."""
 INCIDENTAL = {
     CONFIG: ("transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype"),
     GENERATION: ("transformers_version", "_from_model_config", "_commit_hash"),
@@ -51,6 +62,23 @@ def tokenizer_digest(folder: Path) -> str:
     if TOKENIZER_CONFIG in found:
         found[TOKENIZER_CONFIG] = _content(folder / TOKENIZER_CONFIG)
     return _sha256(found or None)
+
+
+def vocabulary_file(folder: Path) -> Path:
+    """Return the file that holds the vocabulary; tokenizer.json, which need not exist, if there is none."""
+    found = [folder / name for name in VOCABULARY if (folder / name).is_file()]
+    return found[0] if found else folder / VOCABULARY[0]
+
+
+def vocabulary_digest(folder: Path) -> str:
+    """Return the sha256 over all that may decide which token has which id, or '' if there is no vocabulary."""
+    if not vocabulary_file(folder).is_file():
+        return ""
+    names = [name for name in _present(folder, TOKENIZER) if not name.startswith(("chat_", "additional_"))]
+    found: dict[str, Any] = {name: file_sha256(folder / name) for name in names}
+    if TOKENIZER_CONFIG in found:
+        found[TOKENIZER_CONFIG] = _without(_content(folder / TOKENIZER_CONFIG), OF_TEXTS)
+    return _sha256(found)
 
 
 def companion_digests(folder: Path) -> dict[str, str]:

@@ -85,6 +85,26 @@ def local_folder(reference: Reference, where: str) -> Path | None:
         return None
 
 
+def snapshot_in(folder: Path, where: str) -> Path:
+    """Return the snapshot in a repository of the Hub client's cache (``models--org--name``), any other path as it is.
+
+    That is the one that ``refs/main`` names, or else the only one. Raises BadRequest, naming ``where``, if there are
+    several or none.
+    """
+    if not (folder / "snapshots").is_dir() or (folder / CONFIG).exists():
+        return folder
+    found = {path.name: path for path in sorted((folder / "snapshots").iterdir()) if path.is_dir()}
+    main = folder / "refs" / "main"
+    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else None
+    if commit not in found and len(found) == 1:
+        (commit,) = found
+    if commit in found:
+        return found[commit]
+    given = f"a repository of the Hub's cache with {len(found)} snapshots, none of which is refs/main"
+    allowed = " or ".join(map(str, found.values())) or "one with a snapshot: download it again"
+    raise BadRequest.of(f"{where}: {folder}", given, allowed)
+
+
 def fetch(reference: Reference, where: str, locks: Path) -> Path:
     """Return the folder of a reference, downloading it if it is not in the cache, and lock its commit.
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alignmerge.engine.faults import Fault, first_few
-from alignmerge.engine.folder import CONFIG, INDEX, SINGLE, TOKENIZER_CONFIG, read_json
+from alignmerge.engine.faults import BadRequest, Fault, first_few
+from alignmerge.engine.folder import ADAPTER, CONFIG, INDEX, SINGLE, TOKENIZER_CONFIG, read_json
 from alignmerge.engine.views import View, views_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,6 +19,13 @@ NO_PICKLES = (
     "safetensors only, pickles can run code (convert where you trust the file: load it with "
     "torch.load(..., weights_only=True), then safetensors.torch.save_file)"
 )
+NO_ADAPTERS = (
+    'a whole model; adapters are not supported yet, merge it into its base first: python -c "from peft import '
+    "AutoPeftModelForCausalLM as A; A.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\", "
+    "with the base's tokenizer files"
+)
+ELSEWHERE = ("configuration_files", "transformers_weights")
+"""Keys of a config.json by which transformers reads other files than the usual ones."""
 
 
 class TensorSpec(NamedTuple):
@@ -28,6 +35,8 @@ class TensorSpec(NamedTuple):
     """The safetensors code, e.g. ``F32``."""
     shape: tuple[int, ...]
     file: Path
+    key: str
+    """Its name in the file."""
 
     @property
     def numel(self) -> int:
@@ -42,12 +51,12 @@ def read_config(folder: Path, where: str) -> tuple[dict[str, Any], list[Fault]]:
     """Return the content of config.json and what is wrong with it or with tokenizer_config.json."""
     if not folder.is_dir():
         return {}, [Fault(where, f"no such folder: {folder}", "a Hugging Face model folder")]
+    if (folder / ADAPTER).is_file():
+        raise BadRequest.of(f"{where}: {folder}", f"an adapter ({ADAPTER})", NO_ADAPTERS)
     path, allowed = folder / CONFIG, "the config.json of a transformers model"
     config, faults = read_json(path, where, allowed)
-    if not faults and not isinstance(config.get("model_type"), str):
-        faults.append(Fault(f"{where}: {path}", f"model_type is {config.get('model_type')!r}", allowed))
-    if "auto_map" in config and not _native(config):
-        faults += _remote_code(path, config, where)
+    if not faults:
+        faults += _config_faults(path, config, where, allowed)
     tokenizer = folder / TOKENIZER_CONFIG
     if tokenizer.is_file():
         settings, more = read_json(tokenizer, where, f"the {TOKENIZER_CONFIG} of a transformers model")
@@ -55,29 +64,18 @@ def read_config(folder: Path, where: str) -> tuple[dict[str, Any], list[Fault]]:
     return config, faults
 
 
-def ties(config: Mapping[str, Any]) -> bool:
-    """Whether the head is tied; a config that does not say leaves it to the defaults of transformers."""
-    stated = config.get("tie_word_embeddings")
-    if stated is None and _native(config):
-        from transformers import CONFIG_MAPPING
-
-        stated = CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings
-    return bool(stated)
-
-
 def read_headers(folder: Path, where: str) -> tuple[dict[str, TensorSpec], list[Fault]]:
     """Return name -> what the headers of all weight files say, and what is wrong with the files."""
     if not folder.is_dir():
         return {}, []
-    promised, faults = _files(folder, where)
-    sound = not faults
+    files, promised, faults = _files(folder, where)
     specs: dict[str, TensorSpec] = {}
-    for file, names in promised.items():
+    for file in files:
         found, more = _header(file, where)
-        if names is not None and sound and not more:
-            more = _broken_promises(file, found, names, where)
+        faults += [*more, *_twice(specs, found, where)]
         specs.update(found)
-        faults += more
+    if not faults:
+        faults += _broken_promises(folder / INDEX, specs, promised, where)
     faults += _not_floats(specs, where)
     if not specs and not faults:
         faults.append(Fault(f"{where}: {folder}", "no tensors in the weights", "a model"))
@@ -104,11 +102,30 @@ def find_views(specs: Specs, config: Mapping[str, Any], where: str) -> tuple[dic
     return found, first_few(faults)
 
 
-def _native(config: Mapping[str, Any]) -> bool:
+def _config_faults(path: Path, config: Mapping[str, Any], where: str, allowed: str) -> list[Fault]:
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        return [Fault(f"{where}: {path}", f"model_type is {kind!r}", allowed)]
+    if not _native(kind) and "auto_map" in config:
+        return _remote_code(path, config, where)
+    if not _native(kind):
+        given = f"an architecture that transformers does not have: '{kind}'"
+        return [
+            Fault(f"{where}: {path}", given, "llama, mistral, qwen2, phi3, gemma2, or another of transformers")
+        ]
+    faults = []
+    for key in ELSEWHERE:
+        if config.get(key) is not None:
+            given = f"{key} names other files than {CONFIG}, {SINGLE} and {INDEX}"
+            faults.append(Fault(f"{where}: {path}", given, f"a config without {key}"))
+    return faults
+
+
+def _native(kind: str) -> bool:
     """Whether transformers has the architecture: it loads its own class then, ignoring auto_map."""
     from transformers import CONFIG_MAPPING
 
-    return config.get("model_type") in CONFIG_MAPPING
+    return kind in CONFIG_MAPPING
 
 
 def _remote_code(path: Path, config: Mapping[str, Any], where: str) -> list[Fault]:
@@ -118,34 +135,39 @@ def _remote_code(path: Path, config: Mapping[str, Any], where: str) -> list[Faul
     return [Fault(f"{where}: {path}", "the config asks for remote code (auto_map)", allowed)]
 
 
-def _files(folder: Path, where: str) -> tuple[dict[Path, set[str] | None], list[Fault]]:
-    """Return each weights file with the tensors that the index promises of it (None: no index)."""
+def _files(folder: Path, where: str) -> tuple[list[Path], set[str], list[Fault]]:
+    """Return the files that transformers reads, and the tensors that an index promises of them all.
+
+    A single file goes before an index; of an index, all tensors of all shards count, wherever it places them.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], set(), []
     if (folder / INDEX).is_file():
         return _indexed(folder / INDEX, where)
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}, []
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
-        return {}, [Fault(f"{where}: {folder}", f"a pickle checkpoint ({pickles[0]})", NO_PICKLES)]
-    return {}, [Fault(f"{where}: {folder}", "no weights", f"{SINGLE} or {INDEX} with its shards")]
+        return [], set(), [Fault(f"{where}: {folder}", f"a pickle checkpoint ({pickles[0]})", NO_PICKLES)]
+    return [], set(), [Fault(f"{where}: {folder}", "no weights", f"{SINGLE} or {INDEX} with its shards")]
 
 
-def _indexed(index: Path, where: str) -> tuple[dict[Path, set[str] | None], list[Fault]]:
-    allowed = "JSON with a weight_map from tensors to shards"
+def _indexed(index: Path, where: str) -> tuple[list[Path], set[str], list[Fault]]:
+    allowed = "JSON with a weight_map from tensors to shards, and metadata"
     content, faults = read_json(index, where, allowed)
     if faults:
-        return {}, faults
+        return [], set(), faults
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not set(map(type, weight_map.values())) <= {str}:
-        return {}, [Fault(f"{where}: {index}", "not a shard index (no usable weight_map)", allowed)]
-    files: dict[Path, set[str] | None] = {}
+        return [], set(), [Fault(f"{where}: {index}", "not a shard index (no usable weight_map)", allowed)]
+    files = []
     for shard in sorted(set(weight_map.values())):
         given, wanted = _shard_fault(index.parent, shard)
         if given:
             faults.append(Fault(f"{where}: {index}", given, wanted))
         else:
-            files[index.parent / shard] = {name for name, file in weight_map.items() if file == shard}
-    return files, first_few(faults)
+            files.append(index.parent / shard)
+    if not faults and not isinstance(content.get("metadata"), dict):
+        faults.append(Fault(f"{where}: {index}", "no metadata, without which transformers fails", allowed))
+    return files, set(weight_map), first_few(faults)
 
 
 def _shard_fault(folder: Path, shard: str) -> tuple[str, str]:
@@ -155,16 +177,7 @@ def _shard_fault(folder: Path, shard: str) -> tuple[str, str]:
         return f"shard '{shard}' lies outside the folder", "plain names of files in the folder"
     if not (folder / shard).is_file():
         return f"shard '{shard}' is missing", "every shard that the index names"
-    if not _inside(folder / shard):
-        return f"shard '{shard}' is a link out of the folder", "files in the folder"
     return "", ""
-
-
-def _inside(file: Path) -> bool:
-    """Whether a file lies in its folder or, in a snapshot of the Hub, in the blobs beside it."""
-    home, target = file.parent.resolve(), file.resolve()
-    of_hub = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
-    return of_hub or target.is_relative_to(home)
 
 
 def _header(file: Path, where: str) -> tuple[dict[str, TensorSpec], list[Fault]]:
@@ -173,7 +186,7 @@ def _header(file: Path, where: str) -> tuple[dict[str, TensorSpec], list[Fault]]
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 part = handle.get_slice(name)
-                specs[name] = TensorSpec(part.get_dtype(), tuple(part.get_shape()), file)
+                specs[name] = TensorSpec(part.get_dtype(), tuple(part.get_shape()), file, name)
     except (SafetensorError, OSError, ValueError) as error:
         allowed = "a complete safetensors file (download or copy it again)"
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -181,15 +194,37 @@ def _header(file: Path, where: str) -> tuple[dict[str, TensorSpec], list[Fault]]
     return specs, []
 
 
-def _broken_promises(file: Path, found: Specs, promised: set[str], where: str) -> list[Fault]:
-    """Hold what the index says of a shard against what it holds: nothing missing, nothing twice."""
-    allowed = "an index that places each tensor of each shard once"
-    kinds = {"no tensor '{}', which the index names": promised - found.keys()}
-    kinds["tensor '{}', which the index does not place here"] = found.keys() - promised
+def _twice(specs: Specs, found: Specs, where: str) -> list[Fault]:
     faults = []
-    for given, names in kinds.items():
-        faults += first_few([Fault(f"{where}: {file}", given.format(name), allowed) for name in sorted(names)])
-    return faults
+    for name in sorted(specs.keys() & found.keys()):
+        given = f"tensor '{name}', which is also in {specs[name].file.name}"
+        faults.append(Fault(f"{where}: {found[name].file}", given, "each tensor in one shard"))
+    return first_few(faults)
+
+
+def _broken_promises(index: Path, specs: Specs, promised: set[str], where: str) -> list[Fault]:
+    allowed = "each tensor that the index names, in one of its shards"
+    faults = []
+    for name in sorted(promised - specs.keys()):
+        faults.append(Fault(f"{where}: {index}", f"no shard has tensor '{name}'", allowed))
+    return first_few(faults)
+
+
+def quantised(folder: Path, config: Mapping[str, Any], specs: Specs, where: str) -> list[Fault]:
+    """Return what is wrong where a config says how weights are quantised; transformers goes by that key."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return []
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    codes = sorted({spec.dtype for spec in specs.values()} - FLOATS.keys())
+    if codes:
+        given, allowed = f"quantised weights ({method}: {', '.join(codes)})", f"{', '.join(FLOATS)} weights"
+    else:
+        given = (
+            f"float weights, but quantization_config ({method}): transformers would not load them as they are"
+        )
+        allowed = "a config without quantization_config (remove the key)"
+    return [Fault(f"{where}: {folder / CONFIG}", given, allowed)]
 
 
 def _not_floats(specs: Specs, where: str) -> list[Fault]:

@@ -14,6 +14,7 @@ from alignmerge.engine.compatibility import open_models
 from alignmerge.engine.examples import Example, read_jsonl, render, tokenise
 from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.folder import CONFIG, INDEX
 from alignmerge.engine.keys import computed_here
 from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, save_model, threads
 from alignmerge.engine.manifest import file_sha256, versions
@@ -28,6 +29,8 @@ from alignmerge.zoo.training import Recipe, train
 ANSWER_TOKENS = 40
 ANSWER_THREADS = 2
 CONVERSION = 1
+READING = 1
+"""Raise it when a folder's weights are read otherwise."""
 
 
 class Location(NamedTuple):
@@ -114,21 +117,23 @@ class Zoo:
     def models(self) -> Models:
         """Open every model (headers only), its digest known; raises BadRequest with every conflict found."""
         found = BadRequest.gathered({key: partial(self.source, key) for key in self.family.references()})
-        models = open_models({key: location.folder for key, location in found.items()})
+        folders = {key: location.folder for key, location in found.items()}
+        models = open_models(folders, self.family.allow_config_differences)
         for model in filter(None, (models.base, models.pretrained, *models.pool)):
             model.known_as(found[model.where.removeprefix("family.")].digest)
         return models
 
     def digest_of(self, folder: Path, where: str) -> str:
         """Hash a folder outside the store once; size and time of its files tell whether it changed."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+        read = [*folder.glob("*.safetensors"), *folder.glob(INDEX), *folder.glob(CONFIG)]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(read) if p.is_file()]
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
 
         def make(_: Path) -> dict[str, Any]:
             return {"digest": Checkpoint.open(folder, where).digest}
 
         Checkpoint.open(folder, where)
-        return self.store.obtain("digests", {"place": place, "files": stats}, make).digest
+        return self.store.obtain("digests", {"place": place, "files": stats, "version": READING}, make).digest
 
     @cached_property
     def prompts(self) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.table import Table
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.configuration import build, choices, nearest
 from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.hub import snapshot_in
 from alignmerge.engine.manifest import all_versions, git_state
 from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import Merger
@@ -185,7 +187,7 @@ def merge(config: Config) -> int:
 def score(config: Config) -> int:
     """Score one model folder: print a table, write JSON and lm-eval's task folder beside it."""
     makers: dict[str, Callable[[], Any]] = {
-        "model": lambda: Checkpoint.open(_given_path(config, "model", "a Hugging Face model folder"), "model"),
+        "model": lambda: Checkpoint.open(_given_model(config), "model"),
         "out": partial(_new_path, config), "scorers": partial(scorers_of, config), "zoo": partial(zoo_of, config),
     }  # fmt: skip
     score_folder(**BadRequest.gathered(makers))
@@ -220,6 +222,11 @@ def _given_path(config: Config, key: str, allowed: str) -> Path:
     if config[key] is None:
         raise BadRequest.of(key, "not given", allowed)
     return Path(config[key])
+
+
+def _given_model(config: Config) -> Path:
+    path = _given_path(config, "model", "a Hugging Face model folder")
+    return snapshot_in(Path(os.path.expanduser(path)), "model")  # noqa: PTH111  (of no user: no error)
 
 
 def _new_path(config: Config) -> Path:

@@ -72,7 +72,7 @@ def shapes(zoo: Zoo, folders: Mapping[str, Path]) -> tuple[Tensors | None, str]:
     Raises:
         BadRequest: with every conflict between the models in ``folders``.
     """
-    opened = open_checkpoints(folders)
+    opened = open_checkpoints(folders, zoo.family.allow_config_differences)
     if "base" in opened:
         known = f"headers; {len(opened)} of {len(zoo.family.references())} models are here and agree"
         return costs.tensors_of(opened["base"]), known

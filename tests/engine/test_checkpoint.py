@@ -32,6 +32,7 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.loop import merge
 from alignmerge.engine.merger import Models
 from alignmerge.engine.store import Store
+from alignmerge.engine.validation import read_headers
 
 WHERE = "family.experts.math"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,8 +74,15 @@ def model_folder(folder: Path, tensors: dict[str, Tensor] | None = None, shards:
         part = {name: tensors[name] for name in names[i::shards]}
         save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def opened(folder: Path) -> Checkpoint:
+    """Any tensors, whether they make a model or not."""
+    specs, faults = read_headers(folder, WHERE)
+    assert not faults
+    return Checkpoint(folder, WHERE, {}, specs)
 
 
 # --- what is written ------------------------------------------------------------------------------------
@@ -171,12 +179,12 @@ def test_digest_changes_with_name_dtype_shape_and_values(tmp_path: Path) -> None
 
 
 def test_digest_does_not_depend_on_sharding(tmp_path: Path) -> None:
-    digests = {Checkpoint.open(model_folder(tmp_path / str(n), shards=n), WHERE).digest for n in (1, 2, 3, 5)}
+    digests = {opened(model_folder(tmp_path / str(n), shards=n)).digest for n in (1, 2, 3, 5)}
     assert digests == {plain_digest(some_tensors())}
 
 
 def test_reads_are_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(model_folder(tmp_path), WHERE)
+    checkpoint = opened(model_folder(tmp_path))
     for name, tensor in some_tensors().items():
         assert torch.equal(checkpoint.read(name), tensor.float())
         assert checkpoint.read(name).dtype == torch.float32
@@ -204,7 +212,7 @@ def test_all_finite_agrees_with_the_definition(dtype: torch.dtype, bad: float) -
 
 
 def test_merge_refuses_a_rule_that_returns_other_rows(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(model_folder(tmp_path / "model"), WHERE)
+    checkpoint = opened(model_folder(tmp_path / "model"))
     models = Models(checkpoint, checkpoint, {})
     with pytest.raises(ArithmeticError, match=r"a\.weight.*shape"):
         merge(lambda block: block.base[:1], models, tmp_path)
@@ -246,12 +254,9 @@ def empty(folder: Path) -> None:
         file.unlink()
 
 
-def link_out(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    save_file(some_tensors(), outside)
-    (folder / SINGLE).unlink()
-    (folder / "link.safetensors").symlink_to(outside)
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(some_tensors(), "link.safetensors")}))
+def dangling(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    (folder / "model-00001-of-00002.safetensors").symlink_to("nowhere")
 
 
 def doubled(folder: Path) -> None:
@@ -262,6 +267,11 @@ def doubled(folder: Path) -> None:
 
 def setting(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
+
+
+def bad_index(folder: Path, text: str) -> None:
+    (folder / SINGLE).unlink()
+    setting(folder, INDEX, text)
 
 
 def cut(folder: Path) -> None:
@@ -278,12 +288,6 @@ def integers(folder: Path) -> None:
 
 def weight_map(name: str, shard: object) -> Callable[[Path], None]:
     return lambda folder: resharded(folder, lambda weights: weights.__setitem__(name, shard))
-
-
-def mixed_head(folder: Path) -> None:
-    heads = {"model.embed_tokens.weight": torch.ones(9, 2), "lm_head.weight": torch.zeros(9, 2)}
-    save_file({**some_tensors(), **heads}, folder / SINGLE)
-    setting(folder, "config.json", '{"model_type": "llama", "tie_word_embeddings": true}')
 
 
 # (what is done to a good folder, file at fault, words of what was given, words of what is allowed)
@@ -365,23 +369,32 @@ BAD: dict[str, tuple[Damage, str, str, str]] = {
     "shard with a null byte": (weight_map("b.weight", "x\0"), INDEX, "lies outside", "plain"),
     "shard is missing": (weight_map("b.weight", "no.safetensors"), INDEX, "is missing", "every shard"),
     "shard is a number": (weight_map("b.weight", 3), INDEX, "not a shard index", "weight_map"),
-    "shard is a link out of the folder": (link_out, INDEX, "is a link out of the folder", "files in the"),
-    "index is not JSON": (lambda f: setting(f, INDEX, "{"), INDEX, "not JSON", "weight_map"),
-    "index has no map": (lambda f: setting(f, INDEX, "{}"), INDEX, "not a shard index", "weight_map"),
-    "index places nothing": (lambda f: setting(f, INDEX, '{"weight_map": {}}'), "", "no tensors", "a model"),
-    "index names a tensor that its shard lacks": (
+    "shard is a link to nothing": (
+        lambda f: resharded(f, lambda w: None) or dangling(f),
+        INDEX,
+        "is missing",
+        "every shard",
+    ),
+    "index is not JSON": (lambda f: bad_index(f, "{"), INDEX, "not JSON", "weight_map"),
+    "index has no map": (lambda f: bad_index(f, "{}"), INDEX, "not a shard index", "weight_map"),
+    "index places nothing": (
+        lambda f: bad_index(f, '{"metadata": {}, "weight_map": {}}'),
+        "",
+        "no tensors",
+        "a model",
+    ),
+    "index names a tensor that no shard has": (
         weight_map("z.weight", "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors",
-        "no tensor 'z.weight', which the index names",
-        "each tensor of each shard once",
+        INDEX,
+        "no shard has tensor 'z.weight'",
+        "in one of its shards",
     ),
     "tensor in two shards": (
         doubled,
-        "model-00001-of-00002.safetensors",
-        "tensor 'b.weight', which the index does not place here",
-        "each tensor of each shard once",
+        "model-00002-of-00002.safetensors",
+        "tensor 'b.weight', which is also in model-00001-of-00002.safetensors",
+        "each tensor in one shard",
     ),
-    "tied in the config only": (mixed_head, SINGLE, "'lm_head.weight' differs", "equal matrices"),
 }
 
 
@@ -420,7 +433,7 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_found_while_streaming(value: float, dtype: str, tmp_path: Path) -> None:
     tensors = some_tensors()
     tensors["c.bias"] = torch.tensor([0.0, value, 1.0], dtype=DTYPES[dtype])
-    checkpoint = Checkpoint.open(model_folder(tmp_path / "model", tensors), WHERE)
+    checkpoint = opened(model_folder(tmp_path / "model", tensors))
     store = Store(tmp_path / "store")
     with pytest.raises(BadRequest) as caught:
         models = Models(checkpoint, checkpoint, {})
@@ -450,16 +463,4 @@ def test_snapshot_of_the_hub_cache_may_link_to_its_blobs(tmp_path: Path) -> None
     for i, file in enumerate(sorted(snapshot.glob("*.safetensors"))):
         file.rename(blobs / str(i))
         file.symlink_to(Path("../../blobs") / str(i))
-    assert Checkpoint.open(snapshot, WHERE).digest == plain_digest(some_tensors())
-
-
-def test_tied_head_is_one_weight(tmp_path: Path) -> None:
-    matrix = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
-    tensors = {"model.embed_tokens.weight": matrix, "lm_head.weight": matrix.clone()}
-    folder = model_folder(tmp_path, tensors)
-    (folder / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
-    apart = Checkpoint.open(folder, WHERE)
-    assert set(apart) == set(tensors) and not apart.tied
-    (folder / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
-    tied = Checkpoint.open(folder, WHERE)
-    assert set(tied) == {"model.embed_tokens.weight"} and tied.tied
+    assert opened(snapshot).digest == plain_digest(some_tensors())

@@ -46,7 +46,7 @@ def test_names_in_headers_cannot_steer_the_terminal(tmp_path: Path, dtype: str) 
     (tmp_path / file).write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     if dtype == "F32":
-        index = {"weight_map": {f"{name}\x1b]0;title\x07": file}}
+        index = {"metadata": {}, "weight_map": {f"{name}\x1b]0;title\x07": file}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BadRequest) as caught:
         Checkpoint.open(tmp_path, "family.base")

@@ -387,3 +387,53 @@ def test_malformed_references(reference: str, assets: Assets) -> None:
     assert refused(assets, reference) == (
         f"{WHERE}: not a Hub reference: {reference}; allowed: hub:org/name@revision"
     )
+
+
+# --- the client's cache, given as a path ------------------------------------------------------------------
+
+
+def cached(folder: Path, commits: int, main: str | None = None) -> Path:
+    """A repository as the client lays it out: snapshots of links into blobs."""
+    (folder / "snapshots").mkdir(parents=True)
+    for number in range(1, commits + 1):
+        (folder / "snapshots" / commit(number)).mkdir()
+    (folder / "refs").mkdir()
+    if main is not None:
+        (folder / "refs" / "main").write_text(main)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("commits", "main", "found"), [(2, commit(2), 2), (1, None, 1), (1, commit(1) + "\n", 1), (1, commit(7), 1)]
+)
+def test_repository_of_the_cache_stands_for_its_snapshot(
+    commits: int, main: str | None, found: int, assets: Assets, tmp_path: Path
+) -> None:
+    folder = cached(tmp_path / "models--acme--tiny", commits, main)
+    assert assets.path(str(folder), WHERE) == folder / "snapshots" / commit(found)
+
+
+@pytest.mark.parametrize(("commits", "main"), [(2, None), (2, commit(7)), (2, "../.."), (0, None)])
+def test_repository_with_several_snapshots_or_none_is_one_line_that_lists_them(
+    commits: int, main: str | None, assets: Assets, tmp_path: Path
+) -> None:
+    folder = cached(tmp_path / "models--acme--tiny", commits, main)
+    line = refused(assets, str(folder))
+    assert f"{commits} snapshots, none of which is refs/main" in line
+    assert all(str(path) in line for path in (folder / "snapshots").iterdir())
+
+
+def test_a_model_with_a_folder_of_snapshots_stands_for_itself(assets: Assets, tmp_path: Path) -> None:
+    folder = cached(tmp_path / "model", 1)
+    (folder / "config.json").write_text("{}")
+    assert assets.path(str(folder), WHERE) == folder
+
+
+@pytest.mark.parametrize("name", ["with spaces", "mod\u00e8le \u2460", "a=b", "a#b", "a,b {c: d}", "100% [x]"])
+def test_paths_of_any_name_are_found(
+    name: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / name).mkdir()
+    assert assets.path(str(tmp_path / name), WHERE) == assets.path(f"local:~/{name}", WHERE) == tmp_path / name
+    assert "no such file or folder: ~nobody-at-all/x" in refused(assets, "~nobody-at-all/x")

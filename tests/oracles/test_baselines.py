@@ -26,6 +26,7 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.loop import merge
 from alignmerge.engine.merger import EVERY_OWN, Block, Merger, Models, Rule, own
 from alignmerge.engine.store import Artifact, Store
+from alignmerge.engine.validation import read_headers
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
 from baselines.identity import Identity
@@ -117,8 +118,7 @@ class Bench:
     def checkpoint(self, alias: str, tensors: Tensors) -> Checkpoint:
         folder = self.new()
         save_tensors(folder, tensors)
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        return Checkpoint.open(folder, alias)
+        return Checkpoint(folder, alias, {}, read_headers(folder, alias)[0])
 
     def models(
         self, base: Tensors, anchor: Tensors, experts: dict[str, Tensors], pretrained: Tensors | None = None
