@@ -1,12 +1,20 @@
 """What is wrong with a request or an input, in one plain line each."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
 T = TypeVar("T")
 
 NAMED = 3
 """How many faults of one kind are spelled out before the rest is counted."""
+FULL = (ENOSPC, EDQUOT, EFBIG)
+FULL_WORDS = ("No space left on device", "Disk quota exceeded", "os error 28")
+"""What libraries say that write without Python's own files."""
+UNWRITABLE = (EACCES, EPERM, EROFS, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
 
 
 class Fault(NamedTuple):
@@ -49,6 +57,50 @@ class BadRequest(Exception):
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[Fault, ...]]]:
         """Cross process borders with the faults intact."""
         return type(self), (self.faults,)
+
+
+class NoRoom(Exception):
+    """A disk is full; the message says where, what was needed and what is free."""
+
+    @classmethod
+    def at(cls, path: Path, needed: str) -> Self:
+        """Describe the disk that ``path`` lies on; ``needed`` says how much, e.g. ``2.5 GB``."""
+        there = next(one for one in (path, *path.resolve().parents) if one.exists())
+        free = spelled_size(shutil.disk_usage(there).free)
+        return cls(f"no room on the disk: {path}: {needed} needed, {free} free; make room and run this again")
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Say whether an error, or one that it came from, means that a disk (or a quota) is full."""
+    if error is None or isinstance(error, NoRoom):
+        return error is not None
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    said = str(error)
+    return any(words in said for words in FULL_WORDS) or disk_full(error.__cause__ or error.__context__)
+
+
+@contextmanager
+def writing(where: str, path: Path) -> Iterator[None]:
+    """Turn what keeps ``path`` from being written into one line: BadRequest naming ``where``, or NoRoom."""
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise NoRoom.at(path, "more") from error
+        if error.errno not in UNWRITABLE:
+            raise
+        given = f"{error.filename or path} cannot be written ({error.strerror})"
+        raise BadRequest.of(where, given, "a place that this user may write to") from None
+
+
+def spelled_size(count: float) -> str:
+    """Spell a number of bytes with three digits: ``2.51 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def refuse(faults: Collection[Fault]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, NoRoom
 from alignmerge.engine.store import MANIFEST, NotMade, Store, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,8 +292,124 @@ def test_write_json_is_sorted_and_readable(tmp_path: Path) -> None:
 def test_what_a_killed_drop_left_does_not_hinder_the_next_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     made = store.obtain("weights", RECIPE, make_text)
-    left = tmp_path / ".staging" / f"weights-{made.key}-dropped"
+    left = tmp_path / ".staging" / f"weights-{made.key}.0123abcd"
     left.mkdir(parents=True)
     (left / "half.txt").write_text("left")
     assert store.drop("weights", RECIPE)
-    assert not made.path.exists() and not left.exists()
+    assert not made.path.exists()
+    store.obtain("weights", {"another": 1}, make_text)
+    assert leftovers(store) == []
+
+
+DAMAGES = {
+    "an empty manifest": (MANIFEST, b"", "manifest.json is empty or cut off"),
+    "half a manifest": (MANIFEST, b'{"facts": {"dig', "manifest.json is empty or cut off"),
+    "a manifest of bytes": (MANIFEST, b"\xff\xfe\x00", "manifest.json is empty or cut off"),
+    "a list": (MANIFEST, b"[]", "manifest.json holds no facts"),
+    "no facts": (MANIFEST, b"{}", "manifest.json holds no facts"),
+    "no manifest": (MANIFEST, None, "no manifest.json"),
+    "half a file": ("weights", b"comp", "weights has 4 bytes, not 8"),
+    "no file": ("weights", None, "weights is missing"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_artifact_is_named_and_made_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, content, said = DAMAGES[name]
+    made = Store(tmp_path).obtain("scores", RECIPE, make_text)
+    if content is None:
+        (made.path / file).unlink()
+    else:
+        (made.path / file).write_bytes(content)
+    frozen, store = Store(tmp_path, frozen=True), Store(tmp_path)
+    for _ in range(2):
+        with pytest.raises(NotMade):
+            frozen.obtain("scores", RECIPE, make_text)
+    assert capsys.readouterr().err == f"damaged: {made.path}: {said}; the next run makes it again\n"
+    healed = store.obtain("scores", RECIPE, make_text)
+    assert capsys.readouterr().err == f"damaged: {made.path}: {said}; it is made again\n"
+    assert (healed.path / "weights").read_text() == "complete" and healed.digest == "d1g3st"
+    assert frozen.find("scores", RECIPE) == healed and leftovers(store) == []
+
+
+def test_an_artifact_without_a_record_of_its_files_stays_valid(tmp_path: Path) -> None:
+    made = Store(tmp_path).obtain("scores", RECIPE, make_text)
+    manifest = dict(made.manifest)
+    assert manifest.pop("files") == {"weights": 8}
+    write_json(made.path / MANIFEST, manifest)
+    (made.path / "weights").write_text("of another size")
+    assert Store(tmp_path).obtain("scores", RECIPE, make_text).manifest == manifest
+
+
+def test_a_link_to_a_damaged_artifact_gives_way_and_its_target_stays(tmp_path: Path) -> None:
+    made = Store(tmp_path / "one").obtain("scores", RECIPE, make_text)
+    (made.path / "weights").write_text("cut")
+    store = Store(tmp_path / "two")
+    (store.root / "scores").mkdir(parents=True)
+    store.path("scores", RECIPE).symlink_to(made.path)
+    assert (store.obtain("scores", RECIPE, make_text).path / "weights").read_text() == "complete"
+    assert (made.path / "weights").read_text() == "cut"
+
+
+def test_without_locks_the_first_rename_wins(tmp_path: Path) -> None:
+    """Another process, whose lock this one cannot see, makes the same artifact meanwhile."""
+    store = Store(tmp_path)
+
+    def late(folder: Path) -> Mapping[str, Any]:
+        other = Store(tmp_path / "other").obtain("scores", RECIPE, make_text)
+        (tmp_path / "scores").mkdir()
+        other.path.rename(store.path("scores", RECIPE))
+        (folder / "weights").write_text("late")
+        return {"digest": "late"}
+
+    assert store.obtain("scores", RECIPE, late).digest == "d1g3st"
+    assert leftovers(store) == [] and store.failure("scores", RECIPE) is None
+
+
+def test_without_locks_a_swept_maker_fails_instead_of_publishing_a_half(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def swept(folder: Path) -> Mapping[str, Any]:
+        (folder / "weights").write_text("half")
+        folder.rename(folder.with_name("elsewhere"))
+        return {"digest": "half"}
+
+    with pytest.raises(FileNotFoundError):
+        store.obtain("scores", RECIPE, swept)
+    assert store.find("scores", RECIPE) is None
+
+
+def test_a_store_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("no folder")
+    for frozen in (False, True):
+        with pytest.raises(BadRequest, match=r"^store: .*Not a directory"):
+            Store(tmp_path / "store", frozen=frozen).obtain("scores", RECIPE, make_text)
+
+
+def test_a_moved_store_is_the_same_store(tmp_path: Path) -> None:
+    made = Store(tmp_path / "one").obtain("scores", RECIPE, make_text)
+    (tmp_path / "one").rename(tmp_path / "a b")
+    assert Store(tmp_path / "a b", frozen=True).obtain("scores", RECIPE, make_text).manifest == made.manifest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(error: Exception, tmp_path: Path) -> None:
+    """Python's own files raise an OSError; tokenizers and safetensors say it in words."""
+    store = Store(tmp_path / "store")
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        (folder / "weights").write_text("half")
+        raise error
+
+    with pytest.raises(NoRoom) as caught:
+        store.obtain("merge", RECIPE, fill)
+    line = str(caught.value)
+    assert line.startswith(f"no room on the disk: {store.root}: more than 4 bytes needed, ") and " free" in line
+    assert leftovers(store) == [] and store.failure("merge", RECIPE) is None
+    assert str(pickle.loads(pickle.dumps(caught.value))) == line  # from a worker
+    assert store.obtain("merge", RECIPE, make_text).digest == "d1g3st"
