@@ -17,6 +17,7 @@ from alignmerge.engine.faults import BadRequest
 DATE = "2024-07-26"
 """The day that chat templates insert unless a family names another: Llama-3's own default."""
 
+TEMPLATE = "family.chat_template"
 CLOCK = threading.Lock()
 
 
@@ -73,12 +74,21 @@ def render(tokenizer: Any, prompt: str, date: str = DATE) -> str:
     """Put a user turn through the chat template and open the assistant's turn.
 
     ``date`` (YYYY-MM-DD) is what a template gets that inserts the day: prompts must not change overnight.
+    Raises BadRequest if there is no template, or with the template's own words if it refuses.
     """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise BadRequest.of(TEMPLATE, f"{tokenizer.name_or_path} has none of its own", "a chat template")
     day, turn = datetime.datetime.fromisoformat(date), [{"role": "user", "content": prompt}]
     shown = f"{day:%d %b %Y}"  # what Llama-3 asks for by name; others call strftime_now
     fill = tokenizer.apply_chat_template
     with _today(day):
-        return str(fill(turn, tokenize=False, add_generation_prompt=True, date_string=shown))
+        try:
+            return str(fill(turn, tokenize=False, add_generation_prompt=True, date_string=shown))
+        except (TemplateError, TypeError, KeyError) as error:
+            given = f"the template of {tokenizer.name_or_path} says: {error}"
+            raise BadRequest.of(TEMPLATE, given, "one that takes a single user turn") from error
 
 
 @contextmanager

@@ -2,17 +2,26 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.folder import TOKENIZER
 
 Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+READERS = ("sentencepiece", "tiktoken", "protobuf")
+"""Optional packages that read tokenizers which have no tokenizer.json."""
+THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False) -> Any:
@@ -41,7 +50,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder as it is written; a missing pad token becomes the end-of-sequence token.
 
     A folder that names no class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would
-    keep the vocabulary alone and silently put its own rules in place of those of ``tokenizer.json``.
+    keep the vocabulary alone and silently put its own rules in place of those of ``tokenizer.json``. Raises
+    BadRequest if there is no tokenizer, if it cannot be read, or if it has no end token.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -49,10 +59,27 @@ def load_tokenizer(folder: Path) -> Any:
     config = folder / "tokenizer_config.json"
     named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
     loader = PreTrainedTokenizerFast if named in GENERIC_TOKENIZERS else AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, local_files_only=True)
+    tokenizer = _read_tokenizer(loader, folder)
+    if tokenizer.eos_token_id is None:
+        raise BadRequest.of(f"tokenizer of {folder}", "no end token", "an eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_tokenizer(loader: Any, folder: Path) -> Any:
+    where, files = f"tokenizer of {folder}", [path for name in TOKENIZER for path in folder.glob(name)]
+    if not any(path.name in VOCABULARIES for path in files):
+        raise BadRequest.of(where, "no tokenizer", f"a folder with one of {', '.join(VOCABULARIES)}")
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its readers raise whatever they please
+        installed = {package.name for package in metadata.distributions()}
+        missing = [name for name in READERS if name not in installed]
+        advice = (
+            f"a tokenizer.json, or: pip install {' '.join(missing)}" if missing else "files that it can read"
+        )
+        raise BadRequest.of(where, f"transformers cannot read it ({error})", advice) from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
@@ -61,6 +88,39 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder, str(folder)).digest
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end a turn: the tokenizer's and the generation config's, in ascending order.
+
+    transformers takes those of config.json where a folder has no generation_config.json.
+    """
+    stated = model.generation_config.eos_token_id
+    named = stated if isinstance(stated, list) else [stated]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+@contextmanager
+def plain_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Let nothing of a model's generation config act for a while but its end tokens: greedy is greedy.
+
+    A config that is passed to ``generate`` would not do: transformers fills its gaps from the model's own.
+    """
+    from transformers import GenerationConfig
+
+    usual, ends = model.generation_config, end_tokens(model, tokenizer)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = usual
+
+
+def without_thought(reply: str) -> str:
+    """Return a reply without the thought that it begins with: ``<think>...</think>``, or all if it is not closed."""
+    return THOUGHT.sub("", reply, count=1) if THOUGHT.match(reply) else reply
 
 
 @torch.inference_mode()
@@ -73,20 +133,24 @@ def greedy(
     batch_size: int,
     progress: Progress = lambda done, total: None,
 ) -> list[tuple[str, bool]]:
-    """Return the greedy continuation of each rendered prompt, and whether it was cut before an end token."""
+    """Return the greedy continuation of each rendered prompt, and whether it was cut before an end token.
+
+    A reply ends before the first of ``end_tokens``.
+    """
     order = sorted(range(len(rendered)), key=lambda i: (len(rendered[i]), i))
     replies: list[tuple[str, bool]] = [("", False)] * len(rendered)
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
-    decoded = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    decoded |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = set(end_tokens(model, tokenizer))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         inputs = tokenizer([rendered[i] for i in chosen], **padded)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        out = model.generate(input_ids=ids, attention_mask=mask, **decoded)
+        with plain_decoding(model, tokenizer):
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            cut = tokenizer.eos_token_id not in tokens
-            replies[i] = (tokenizer.decode(tokens, skip_special_tokens=True).strip(), cut)
+            said = list(takewhile(lambda token: token not in ends, tokens))
+            text = tokenizer.decode(said, skip_special_tokens=True).strip()
+            replies[i] = (text, len(said) == len(tokens))
         progress(min(start + batch_size, len(order)), len(order))
     return replies
 

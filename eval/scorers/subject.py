@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from alignmerge.zoo.zoo import Zoo
 
 REPLY_TOKENS = 32
+DECODING = 2
+"""Version of how replies are decoded: part of the key of replies and scores."""
 COLUMNS = ("id", "column", "value", "prompt", "detail", "direction")
 GENERIC = ("dtype", "batch_size", "max_length", "date")
 """Settings of a family that every number of its models depends on."""
@@ -83,7 +85,10 @@ class StoreSubject:
         return [render(self._tokenizer, prompt.text, date) for prompt in self.prompts(name)]
 
     def replies(self, name: str) -> Sequence[str]:
-        """Return the greedy reply to each prompt, generated once per model and stored."""
+        """Return the greedy reply to each prompt, generated once per model and stored.
+
+        A thought that a reply begins with is left out of it, and marked in the record.
+        """
         recipe = {"prompts": file_sha256(self._prompt_file(name)), "tokens": REPLY_TOKENS, **self.setting()}
         artifact = self.zoo.store.obtain("replies", recipe, lambda folder: self._generate(name, folder))
         records = read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))
@@ -108,7 +113,7 @@ class StoreSubject:
         """Return what every number depends on beside the prompts and the scorer."""
         family = self.zoo.family
         chosen = {key: getattr(family, key) for key in GENERIC}
-        return {"model": dict(self.identity), **chosen, **computed_here(family)}
+        return {"model": dict(self.identity), "decoding": DECODING, **chosen, **computed_here(family)}
 
     def samples(self, scorer: Scorer) -> list[Sample]:
         """Let a scorer look at this model, with what it declares and nothing else."""
@@ -126,7 +131,7 @@ class StoreSubject:
         return path
 
     def _generate(self, name: str, folder: Path) -> dict[str, Any]:
-        from alignmerge.engine.language import greedy
+        from alignmerge.engine.language import greedy, without_thought
 
         loaded = self.loaded()
         replies = greedy(
@@ -135,9 +140,12 @@ class StoreSubject:
         )  # fmt: skip
         records = []
         for prompt, (reply, cut) in zip(self.prompts(name), replies, strict=True):
-            records.append({"id": prompt.id, "reply": reply, "cut": cut})
+            said = without_thought(reply)
+            thought = {"thought": True} if said != reply else {}
+            records.append({"id": prompt.id, "reply": said, "cut": cut, **thought})
         write_jsonl(folder / "replies.jsonl", records)
-        return {"digest": file_sha256(folder / "replies.jsonl")}
+        thoughts = sum("thought" in record for record in records)
+        return {"digest": file_sha256(folder / "replies.jsonl"), "thoughts": thoughts}
 
 
 def identity_of(model: Checkpoint) -> dict[str, str]:

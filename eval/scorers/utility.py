@@ -92,11 +92,13 @@ class Utility(Scorer):
 
     def score(self, subject: Subject) -> Iterable[Sample]:
         """Return one sample for each question; raises ``BadRequest`` where a prompt is too long."""
+        from alignmerge.engine.language import plain_decoding
+
         loaded = subject.loaded()
         with TemporaryDirectory(prefix="alignmerge-tasks-") as folder:
             write_tasks(Path(folder), {name: subject.prompts(name) for name in self.tasks})
             answered: dict[str, list[Row]] = {}
-            with _quiet():
+            with _quiet(), plain_decoding(loaded.model, loaded.tokenizer):
                 for size, names in self._batches(loaded.batch_size).items():
                     lm = language_model(loaded._replace(batch_size=size), self.max_length)
                     answered |= run_tasks(lm, Path(folder), names, self.limit)
