@@ -76,23 +76,57 @@ def aqi_raw(s: Tensor, n1: int, n2: int, mix: float = 0.5) -> Tensor:
 
 
 def aqi01(s: Tensor, n1: int, n2: int, mix: float = 0.5) -> Tensor:
-    """AQI in [0, 1), free of N: mix / (1 + XBI) + (1 - mix) CHI / (CHI + N - 2), elementwise."""
+    """AQI in (-1, 1), elementwise: mix / (1 + XBI) + (1 - mix) CHI / (CHI + N - 2), free of N but for that of s.
+
+    It is odd in s: an unbiased estimate of a small separation can be below 0, and cutting it there would be
+    a bias of its own.
+    """
     share = n1 * n2 / (n1 + n2) ** 2  # XBI = share / s; written so that s = 0 gives 0
-    return mix * s / (s + share) + (1 - mix) * s / (1 + s)
+    return mix * s / (s.abs() + share) + (1 - mix) * s / (1 + s.abs())
 
 
 def mean_aqi(hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of aqi01 over the layers of [L, 2n, d], harmful half first; [R] with weights [R, 2n].
+    """Mean of aqi01 over the layers of [L, 2n, d], harmful half first; [R] with pair weights [R, n].
 
-    Degenerate layers are left out; NaN if all are.
+    The separation is ``unbiased_separation``. Degenerate layers are left out; NaN if all are.
     """
-    pairs = hidden.shape[1] // 2
-    return aqi01(separation_of_halves(hidden, weights), pairs, pairs).nanmean(0)
+    return aqi01(unbiased_separation(hidden, weights), 1, 1).nanmean(0)
 
 
-def separation_of_halves(x: Tensor, weights: Tensor | None = None) -> Tensor:
+def unbiased_separation(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return s = B/W of the population that n pairs are drawn from, of points [..., 2n, d], harmful half first.
+
+    B/W of a sample grows as n shrinks, because the noise of the means adds to their distance. Here both
+    parts are means over two different pairs: the squared distance of the means is the mean of the inner
+    products of two pairs' differences, the variances are half the mean squared distance of two points.
+    Pairs may be correlated within. The result is [...]; with ``weights`` [R, n] (how often each pair
+    counts, a bootstrap resample a row) it is [..., R], and a pair never meets its own copy. NaN where the
+    layer is degenerate or a resample holds a single pair.
+    """
+    pairs = x.shape[-2] // 2
+    if weights is None:
+        return unbiased_separation(x, torch.ones(1, pairs, device=x.device)).squeeze(-1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    w = weights.to(x)
+    harmful, benign = x[..., :pairs, :], x[..., pairs:, :]
+    size = w.sum(-1)
+    different = size.square() - w.square().sum(-1)  # ordered choices of two different pairs
+    difference = harmful - benign
+    own = difference.square().sum(-1) @ w.square().T
+    distance = ((w @ difference).square().sum(-1) - own) / different
+    variance = (_scatter(harmful, w) + _scatter(benign, w)) * size / different / 2
+    coincide = variance <= DEGENERATE * (x.square().sum(-1) @ w.repeat(1, 2).T) / size
+    # Both branches of `where` carry gradients: the division must be harmless in the other one.
+    return torch.where(coincide, torch.nan, distance / 4 / torch.where(coincide, 1.0, variance))
+
+
+def _scatter(x: Tensor, w: Tensor) -> Tensor:
+    return _cluster(x, w)[2]
+
+
+def separation_of_halves(x: Tensor) -> Tensor:
     """``separation`` of points [..., 2n, d] whose first half is the harmful cluster."""
-    return separation(x, torch.arange(x.shape[-2]) < x.shape[-2] // 2, weights)
+    return separation(x, torch.arange(x.shape[-2]) < x.shape[-2] // 2)
 
 
 def tau(x: Tensor, safe_mean: Tensor, unsafe_mean: Tensor) -> Tensor:
