@@ -23,41 +23,32 @@ def layers_at(fractions: Sequence[float], depth: int) -> list[int]:
 
 
 def resampled_pairs(pairs: int, replicates: int, generator: torch.Generator) -> Tensor:
-    """Return how often each pair counts in each bootstrap resample, fp32 [replicates, pairs]."""
-    drawn = torch.randint(pairs, (replicates, pairs), generator=generator)
+    """Return how often each pair counts in each bootstrap resample, fp32 [replicates, pairs].
+
+    A resample draws n - 1 of n pairs, which gives the variance of n of them without bias.
+    """
+    drawn = torch.randint(pairs, (replicates, pairs - 1), generator=generator)
     return torch.zeros(replicates, pairs).scatter_add_(1, drawn, torch.ones(drawn.shape))
 
 
-def separation(x: Tensor, harmful: Tensor, weights: Tensor | None = None) -> Tensor:
+def separation(x: Tensor, harmful: Tensor) -> Tensor:
     """Return s = B/W, between-cluster over within-cluster scatter, of two labelled clusters.
 
-    ``x`` is [..., N, d] (computed in fp32 or wider), ``harmful`` is bool [N]. The result is [...]; with
-    ``weights`` [R, N] (how often each point counts, a bootstrap resample a row) it is [..., R]. NaN
+    ``x`` is [..., N, d] (computed in fp32 or wider), ``harmful`` is bool [N], the result is [...]. NaN
     where the layer is degenerate. Raises ``ValueError`` where a cluster is empty.
     """
     if not 0 < int(harmful.sum()) < harmful.numel():
         raise ValueError("both clusters need at least one point")
-    if weights is None:
-        return separation(x, harmful, torch.ones(1, harmful.numel(), device=x.device)).squeeze(-1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    w = weights.to(x)
-    n1, mean1, scatter1 = _cluster(x[..., harmful, :], w[:, harmful])
-    n2, mean2, scatter2 = _cluster(x[..., ~harmful, :], w[:, ~harmful])
+    sides = x[..., harmful, :], x[..., ~harmful, :]
+    n1, n2 = (side.shape[-2] for side in sides)
+    mean1, mean2 = (side.mean(-2) for side in sides)
     between = n1 * n2 / (n1 + n2) * (mean1 - mean2).square().sum(-1)
-    within = scatter1 + scatter2
-    coincide = within <= DEGENERATE * (x.square().sum(-1) @ w.T)
+    within = (sides[0] - mean1.unsqueeze(-2)).square().sum((-2, -1))
+    within = within + (sides[1] - mean2.unsqueeze(-2)).square().sum((-2, -1))
+    coincide = within <= DEGENERATE * x.square().sum((-2, -1))
     # Both branches of `where` carry gradients: the division must be harmless in the other one.
     return torch.where(coincide, torch.nan, between / torch.where(coincide, 1.0, within))
-
-
-def _cluster(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted size [R], mean [..., R, d] and squared distance to it [..., R] of points [..., n, d]."""
-    # About the plain mean the two terms of the scatter do not cancel, so fp32 is enough.
-    centre = x.mean(-2, keepdim=True)
-    residual, size = x - centre, w.sum(-1)
-    shift = (w @ residual) / size[:, None]
-    scatter = residual.square().sum(-1) @ w.T - size * shift.square().sum(-1)
-    return size, centre + shift, scatter
 
 
 def chi(s: Tensor, n1: int, n2: int) -> Tensor:
@@ -121,7 +112,11 @@ def unbiased_separation(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def _scatter(x: Tensor, w: Tensor) -> Tensor:
-    return _cluster(x, w)[2]
+    """Squared distance to the weighted mean, [..., R], of points [..., n, d] with weights [R, n]."""
+    # About the plain mean the two terms of the scatter do not cancel, so fp32 is enough.
+    residual, size = x - x.mean(-2, keepdim=True), w.sum(-1)
+    shift = (w @ residual) / size[:, None]
+    return residual.square().sum(-1) @ w.T - size * shift.square().sum(-1)
 
 
 def separation_of_halves(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class AQI(Scorer):
     }
     layers: Sequence[float] = LAYERS
     """Fractions of the depth: 0.33 of 30 is the state after layer 10; 1 is the one after the final norm."""
-    replicates: int = 200
+    replicates: int = 1000
 
     def __post_init__(self) -> None:
         """Raise ``BadRequest`` with every field that is out of range."""

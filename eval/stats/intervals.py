@@ -12,7 +12,7 @@ def interval(means: Resampled, varies: Bools, *, binary: bool, least: float) -> 
     """Return the [R] lower and upper ends of the intervals; NaN for rows that do not vary.
 
     Rates (``binary``, ``least`` 0) have Wilson's. Other means have Student's where seeds are resampled,
-    which are few, and the percentiles of the replicates where they are not. Differences of binary
+    which are few, and expanded percentiles of the replicates where they are not. Differences of binary
     values (``least`` -1) are cut at -1 and 1; where all pairs agree the share that would not is taken to
     be Wilson's upper limit.
     """
@@ -24,8 +24,14 @@ def interval(means: Resampled, varies: Bools, *, binary: bool, least: float) -> 
 
 
 def mean_interval(means: Resampled) -> tuple[Floats, Floats]:
-    """Return Student's interval where seeds are resampled, else the percentiles of the replicates."""
+    """Return Student's interval where seeds are resampled, else the expanded percentiles of the replicates.
+
+    Percentiles are those of a normal distribution with a known variance: they are moved away from the mean
+    by Student's quantile over the normal one (Hesterberg, Am. Stat. 2015).
+    """
     low, high = percentile_interval(means.replicates)
+    stretch = critical(means.freedom) / critical(np.array(np.inf))
+    low, high = (means.mean + stretch * (end - means.mean) for end in (low, high))
     reach: Floats = critical(means.freedom) * np.sqrt(means.variance)
     crossed = means.seeds >= LEAST_SEEDS
     return np.where(crossed, means.mean - reach, low), np.where(crossed, means.mean + reach, high)

@@ -81,8 +81,7 @@ class Resampled:
     @property
     def freedom(self) -> Floats:
         """[R], Satterthwaite's degrees of freedom of ``variance``; infinite where nothing varies."""
-        fixed = max(self.over_prompts.shape[1] - 1, 1)
-        of_prompts = np.where(self.units > 1, self.units - 1, fixed)
+        of_prompts = np.where(self.units > 1, self.units - 1, np.inf)  # a scorer's own replicates have no count
         with np.errstate(divide="ignore", invalid="ignore"):
             freedom = self.variance**2 / (self.of_seeds_squared + self.of_prompts**2 / of_prompts)
         return np.where(self.variance > 0, freedom, np.inf)

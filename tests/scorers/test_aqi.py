@@ -123,16 +123,12 @@ def test_the_raw_index_grows_with_copies() -> None:
     assert twice > 1.8 * once
 
 
-def test_weights_count_points_and_layers_are_independent() -> None:
+def test_layers_are_independent() -> None:
     x, harmful = points(12, 9)
     layers = torch.stack([x, 3 * x.cos()])
-    counts = torch.randint(0, 3, (4, 21), generator=torch.Generator().manual_seed(1)) + (torch.arange(21) % 2)
-    got = separation(layers, harmful, counts)
-    assert got.shape == (2, 4)
-    for layer, one in enumerate(layers):
-        for row, count in enumerate(counts):
-            repeated = plain(one.repeat_interleave(count, 0), harmful.repeat_interleave(count))
-            assert got[layer, row].item() == pytest.approx(repeated["B"] / repeated["W"])
+    for got, layer in zip(separation(layers, harmful), layers, strict=True):
+        by_hand = plain(layer, harmful)
+        assert got.item() == pytest.approx(by_hand["B"] / by_hand["W"])
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0])
@@ -168,10 +164,10 @@ def test_half_precision_is_computed_in_fp32() -> None:
 
 def test_gradients_are_those_of_finite_differences() -> None:
     x, harmful = points(4, 5, d=3)
-    counts = torch.tensor([[1, 2, 0, 1, 1, 3, 1, 1, 1], [1] * 9], dtype=x.dtype)
+    counts = torch.tensor([[1, 2, 0, 1], [1] * 4], dtype=x.dtype)
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: aqi01(separation(v, harmful), 4, 5), (x,))
-    assert torch.autograd.gradcheck(lambda v: separation(v, harmful, counts), (x,))
+    assert torch.autograd.gradcheck(lambda v: unbiased_separation(v[:8], counts), (x,))
     means = points(1, 1, d=3, seed=9)[0]
     assert torch.autograd.gradcheck(lambda v: tau_gap(v[:4], v[4:], *means)[0], (x,))
 
@@ -397,7 +393,7 @@ def test_detail_says_how_many_probes_and_which_layers(load: Callable[..., Loaded
 
 def test_every_model_gets_the_same_resamples() -> None:
     assert resamples(9, 50).equal(resamples(9, 50))
-    assert (resamples(9, 50).sum(1) == 9).all()
+    assert (resamples(9, 50).sum(1) == 8).all()
     assert len({tuple(row) for row in resamples(9, 50).tolist()}) > 40
 
 

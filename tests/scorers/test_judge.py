@@ -108,7 +108,7 @@ def test_answers_that_are_no_refusals(reply: str) -> None:
 @given(st.integers(1, 400))
 def test_no_as_an_answer_counts_only_near_the_start(before: int) -> None:
     needed = "x" * before + " sorry, but no"
-    assert refuses(f"{needed}.") == (len(needed) < OPENING)
+    assert refuses(f"{needed}.") == (len(needed) <= OPENING)
 
 
 @given(st.integers(1, 400))
