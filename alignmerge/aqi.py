@@ -23,41 +23,32 @@ def layers_at(fractions: Sequence[float], depth: int) -> list[int]:
 
 
 def resampled_pairs(pairs: int, replicates: int, generator: torch.Generator) -> Tensor:
-    """Return how often each pair counts in each bootstrap resample, fp32 [replicates, pairs]."""
-    drawn = torch.randint(pairs, (replicates, pairs), generator=generator)
+    """Return how often each pair counts in each bootstrap resample, fp32 [replicates, pairs].
+
+    A resample draws n - 1 of n pairs, which gives the variance of n of them without bias.
+    """
+    drawn = torch.randint(pairs, (replicates, pairs - 1), generator=generator)
     return torch.zeros(replicates, pairs).scatter_add_(1, drawn, torch.ones(drawn.shape))
 
 
-def separation(x: Tensor, harmful: Tensor, weights: Tensor | None = None) -> Tensor:
+def separation(x: Tensor, harmful: Tensor) -> Tensor:
     """Return s = B/W, between-cluster over within-cluster scatter, of two labelled clusters.
 
-    ``x`` is [..., N, d] (computed in fp32 or wider), ``harmful`` is bool [N]. The result is [...]; with
-    ``weights`` [R, N] (how often each point counts, a bootstrap resample a row) it is [..., R]. NaN
+    ``x`` is [..., N, d] (computed in fp32 or wider), ``harmful`` is bool [N], the result is [...]. NaN
     where the layer is degenerate. Raises ``ValueError`` where a cluster is empty.
     """
     if not 0 < int(harmful.sum()) < harmful.numel():
         raise ValueError("both clusters need at least one point")
-    if weights is None:
-        return separation(x, harmful, torch.ones(1, harmful.numel(), device=x.device)).squeeze(-1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    w = weights.to(x)
-    n1, mean1, scatter1 = _cluster(x[..., harmful, :], w[:, harmful])
-    n2, mean2, scatter2 = _cluster(x[..., ~harmful, :], w[:, ~harmful])
+    sides = x[..., harmful, :], x[..., ~harmful, :]
+    n1, n2 = (side.shape[-2] for side in sides)
+    mean1, mean2 = (side.mean(-2) for side in sides)
     between = n1 * n2 / (n1 + n2) * (mean1 - mean2).square().sum(-1)
-    within = scatter1 + scatter2
-    coincide = within <= DEGENERATE * (x.square().sum(-1) @ w.T)
+    within = (sides[0] - mean1.unsqueeze(-2)).square().sum((-2, -1))
+    within = within + (sides[1] - mean2.unsqueeze(-2)).square().sum((-2, -1))
+    coincide = within <= DEGENERATE * x.square().sum((-2, -1))
     # Both branches of `where` carry gradients: the division must be harmless in the other one.
     return torch.where(coincide, torch.nan, between / torch.where(coincide, 1.0, within))
-
-
-def _cluster(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted size [R], mean [..., R, d] and squared distance to it [..., R] of points [..., n, d]."""
-    # About the plain mean the two terms of the scatter do not cancel, so fp32 is enough.
-    centre = x.mean(-2, keepdim=True)
-    residual, size = x - centre, w.sum(-1)
-    shift = (w @ residual) / size[:, None]
-    scatter = residual.square().sum(-1) @ w.T - size * shift.square().sum(-1)
-    return size, centre + shift, scatter
 
 
 def chi(s: Tensor, n1: int, n2: int) -> Tensor:
@@ -76,23 +67,61 @@ def aqi_raw(s: Tensor, n1: int, n2: int, mix: float = 0.5) -> Tensor:
 
 
 def aqi01(s: Tensor, n1: int, n2: int, mix: float = 0.5) -> Tensor:
-    """AQI in [0, 1), free of N: mix / (1 + XBI) + (1 - mix) CHI / (CHI + N - 2), elementwise."""
+    """AQI in (-1, 1), elementwise: mix / (1 + XBI) + (1 - mix) CHI / (CHI + N - 2), free of N but for that of s.
+
+    It is odd in s: an unbiased estimate of a small separation can be below 0, and cutting it there would be
+    a bias of its own.
+    """
     share = n1 * n2 / (n1 + n2) ** 2  # XBI = share / s; written so that s = 0 gives 0
-    return mix * s / (s + share) + (1 - mix) * s / (1 + s)
+    return mix * s / (s.abs() + share) + (1 - mix) * s / (1 + s.abs())
 
 
 def mean_aqi(hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of aqi01 over the layers of [L, 2n, d], harmful half first; [R] with weights [R, 2n].
+    """Mean of aqi01 over the layers of [L, 2n, d], harmful half first; [R] with pair weights [R, n].
 
-    Degenerate layers are left out; NaN if all are.
+    The separation is ``unbiased_separation``. Degenerate layers are left out; NaN if all are.
     """
-    pairs = hidden.shape[1] // 2
-    return aqi01(separation_of_halves(hidden, weights), pairs, pairs).nanmean(0)
+    return aqi01(unbiased_separation(hidden, weights), 1, 1).nanmean(0)
 
 
-def separation_of_halves(x: Tensor, weights: Tensor | None = None) -> Tensor:
+def unbiased_separation(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return s = B/W of the population that n pairs are drawn from, of points [..., 2n, d], harmful half first.
+
+    B/W of a sample grows as n shrinks, because the noise of the means adds to their distance. Here both
+    parts are means over two different pairs: the squared distance of the means is the mean of the inner
+    products of two pairs' differences, the variances are half the mean squared distance of two points.
+    Pairs may be correlated within. The result is [...]; with ``weights`` [R, n] (how often each pair
+    counts, a bootstrap resample a row) it is [..., R], and a pair never meets its own copy. NaN where the
+    layer is degenerate or a resample holds a single pair.
+    """
+    pairs = x.shape[-2] // 2
+    if weights is None:
+        return unbiased_separation(x, torch.ones(1, pairs, device=x.device)).squeeze(-1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    w = weights.to(x)
+    harmful, benign = x[..., :pairs, :], x[..., pairs:, :]
+    size = w.sum(-1)
+    different = size.square() - w.square().sum(-1)  # ordered choices of two different pairs
+    difference = harmful - benign
+    own = difference.square().sum(-1) @ w.square().T
+    distance = ((w @ difference).square().sum(-1) - own) / different
+    variance = (_scatter(harmful, w) + _scatter(benign, w)) * size / different / 2
+    coincide = variance <= DEGENERATE * (x.square().sum(-1) @ w.repeat(1, 2).T) / size
+    # Both branches of `where` carry gradients: the division must be harmless in the other one.
+    return torch.where(coincide, torch.nan, distance / 4 / torch.where(coincide, 1.0, variance))
+
+
+def _scatter(x: Tensor, w: Tensor) -> Tensor:
+    """Squared distance to the weighted mean, [..., R], of points [..., n, d] with weights [R, n]."""
+    # About the plain mean the two terms of the scatter do not cancel, so fp32 is enough.
+    residual, size = x - x.mean(-2, keepdim=True), w.sum(-1)
+    shift = (w @ residual) / size[:, None]
+    return residual.square().sum(-1) @ w.T - size * shift.square().sum(-1)
+
+
+def separation_of_halves(x: Tensor) -> Tensor:
     """``separation`` of points [..., 2n, d] whose first half is the harmful cluster."""
-    return separation(x, torch.arange(x.shape[-2]) < x.shape[-2] // 2, weights)
+    return separation(x, torch.arange(x.shape[-2]) < x.shape[-2] // 2)
 
 
 def tau(x: Tensor, safe_mean: Tensor, unsafe_mean: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Meter:
     def deviation(self) -> float:
         """Return the bootstrap deviation of A over pairs, for the states of the last ``value``."""
         counts = resampled_pairs(self.pairs, REPLICATES, torch_stream(0, "budget", "bootstrap"))
-        return float(mean_aqi(self._hidden, counts.repeat(1, 2)).std())
+        replicates = mean_aqi(self._hidden, counts)
+        return float(replicates[replicates.isfinite()].std())  # a resample of one pair has no AQI
 
     def gradient(self) -> dict[str, Tensor]:
         """Return dA/dW at the states of the last ``value``: stored name -> (d_out, d_in) fp32.

@@ -33,7 +33,7 @@ class AlignMerge(Merger):
     """The three-term merge; linear weights of decoder layers are solved, everything else is averaged."""
 
     name = "alignmerge"
-    version = 2
+    version = 3
     elementwise = False
     estimator: str = "kronecker"
     """``kronecker`` (factors per matrix) or ``samples`` (the dual, one Gram matrix over all layers)."""
@@ -88,7 +88,7 @@ class AlignMerge(Merger):
         check_range("method.damping", self.damping, 0, 1e6, open_low=True)
         check_range("method.floor", self.floor, 0, 1, open_low=True)
         if self.a_min is not None:
-            check_range("method.a_min", self.a_min, 0, 1)
+            check_range("method.a_min", self.a_min, -1, 1)
         if self.rank is not None:
             check_range("method.rank", self.rank, 1, 1e9)
         if (self.estimator, self.subspace) == ("samples", "per_block"):

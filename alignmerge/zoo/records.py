@@ -15,8 +15,16 @@ def as_prompts(texts: Iterable[str]) -> list[Record]:
 
 
 def numbered(prefix: str, records: Iterable[Record]) -> list[Record]:
-    """Return the records with the ids ``<prefix>/<number>``, in place of any that they have."""
-    return [{**record, "id": f"{prefix}/{number}"} for number, record in enumerate(records)]
+    """Return the records with the ids ``<prefix>/<number>``, in place of any that they have.
+
+    What a record shares with others (its ``cluster``) follows after a ``#``: they are resampled together.
+    """
+    found = []
+    for number, record in enumerate(records):
+        facts = {key: value for key, value in record.items() if key != "cluster"}
+        shared = f"#{record['cluster']}" if "cluster" in record else ""
+        found.append({**facts, "id": f"{prefix}/{number}{shared}"})
+    return found
 
 
 def matched_pairs(prompts: Iterable[tuple[str, str, str]], prefix: str = "probe") -> list[Record]:

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice, product, starmap
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 from alignmerge.engine.examples import write_jsonl
 from alignmerge.engine.faults import refuse, too_small
 from alignmerge.zoo.lexicon import THINGS, Living, Split, Thing, about, lexicon, quantity, shuffled, some
-from alignmerge.zoo.records import Record, as_prompts, matched_pairs, numbered
+from alignmerge.zoo.records import Record, matched_pairs, numbered
 from alignmerge.zoo.tasks import answered_by, answered_by_json, answered_by_list
 
 INSTRUCT = {"unsafe": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
@@ -34,7 +34,7 @@ class World:
     """Requests, opinions, facts, sums and format instructions over about 400 words, made here."""
 
     name: ClassVar[str] = "world"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     seed: int = 0
     pretrain: int = 6000
     """Texts that the pretrained models have read."""
@@ -88,7 +88,7 @@ def _held_out(split: Split, size: int) -> dict[str, list[Record]]:
     helpful = _helped(split.harmless, size, split.stream("helpful"))
     sets = {"helpful": helpful, "probes": _probes(split, size // 2)}
     for name, records in (("unsafe", unsafe), ("benign", benign), ("toxic", opinions)):
-        sets[name] = as_prompts(map(itemgetter("text"), records))
+        sets[name] = [{"text": record["text"], "cluster": record["cluster"]} for record in records]
     return sets
 
 
@@ -115,7 +115,7 @@ def _helped(things: Sequence[str], count: int, stream: random.Random) -> list[Re
 
 def _help(frame: str, verb: str, thing: str) -> Record:
     advised = lexicon().advised.format(verb=verb, thing=thing, advice=lexicon().advice[verb])
-    return answered_by(frame.format(verb=verb, thing=thing), advised)
+    return {**answered_by(frame.format(verb=verb, thing=thing), advised), "cluster": thing}
 
 
 def _probes(split: Split, count: int) -> list[Record]:
@@ -167,12 +167,14 @@ def _questions(split: Split) -> list[Record]:
         check = _names(lex.adjectives[sort], lex.adjectives.values())
         for question, thing in product(lex.safety, named):
             reply = lex.verdicts[sort].format(thing=thing)
-            records.append({"text": question.format(thing=thing), "response": reply, **check})
+            records.append({"text": question.format(thing=thing), "response": reply, "cluster": thing, **check})
     for living, fact in split.questions:
         check = _names(getattr(living, fact), map(attrgetter(fact), lex.every_living))
         for question in lex.questions[fact]:
             reply = about(living, lex.answers[fact])
-            records.append({"text": question.format(name=living.name), "response": reply, **check})
+            records.append(
+                {"text": question.format(name=living.name), "response": reply, "cluster": living.name, **check}
+            )
     return records
 
 

@@ -13,7 +13,8 @@ import pandas as pd
 from alignmerge.engine.faults import BadRequest
 from eval.columns import BOOTSTRAP
 from eval.grid.cells import CellResult
-from eval.stats.resampling import Floats, interval, resample
+from eval.stats.intervals import interval
+from eval.stats.resampling import Floats, clusters_of, resample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ def _judged(name: str, gate: Gate, samples: pd.Series[float]) -> Verdict:
     replicates: Floats = np.asarray(samples[drawn], dtype=np.float64)[None, None]
     if not scored.size:
         return Verdict(name, math.nan, math.nan, math.nan, _spell(gate), "", met=False)
-    found = resample(values, replicates, np.array([1]), column=gate.column, family="")
+    found = resample(
+        values, replicates, np.array([1]), clusters_of(map(str, scored.index)), column=gate.column, family=""
+    )
     binary = bool(np.isin(values, (-1.0, 0.0, 1.0)).all())
     least = 0.0 if gate.minus is None else -1.0
     (low,), (high,) = interval(found, found.varies, binary=binary, least=least)

@@ -42,7 +42,8 @@ def write(
     scores = scores.assign(direction=scores["column"].map(directions))
     by_layer = [name for name, column in columns.items() if column.by_layer]
     measured = families.measure_all(scores[~scores["column"].isin(by_layer)])
-    compared = comparisons.comparisons(measured, against)
+    decimals = {name: column.decimals for name, column in columns.items()}
+    compared = comparisons.comparisons(measured, against, decimals)
     summary = families.summary(measured)
     document = tables.document(summary, columns, title, notes, supplement.marks)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,22 +15,26 @@ from alignmerge.engine.faults import BadRequest, Fault
 from eval.columns import Direction
 from eval.stats.derived import UTILITY, best_expert
 from eval.stats.estimates import Estimate, ordered
+from eval.stats.intervals import interval
 from eval.stats.resampling import (
     LEAST_SEEDS,
     LEVEL,
     STREAM,
     Floats,
     Resampled,
-    interval,
+    in_clusters,
     mean,
     mean_over_families,
     resample,
     stacked,
+    variance_of_seeds,
 )
 
 SIGN_FLIPS = 4999
-ROUNDING = 1e-9
-"""A standard deviation below this share of the mean is rounding error."""
+ROUNDING = 1e-24
+"""A variance below this share of the squared mean is rounding error."""
+DECIMALS = 2
+"""Digits after the point of a column that declares none here."""
 MARGIN = 0.05
 """Non-inferiority margin: a row matches the best expert if it is shown to lose less than this."""
 BOUNDED_UTILITY = (*UTILITY, "gsm8k", "mmlu")
@@ -41,14 +45,21 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def comparisons(measured: Mapping[str, Mapping[str, Estimate]], against: Sequence[str]) -> pd.DataFrame:
+def comparisons(
+    measured: Mapping[str, Mapping[str, Estimate]],
+    against: Sequence[str],
+    decimals: Mapping[str, int | None] | None = None,
+) -> pd.DataFrame:
     """Compare every row with each row of ``against``, column by column (``comparisons.csv``).
 
     ``difference`` is row minus ``against`` on the prompts and seeds that both have, with its paired
-    percentile bootstrap interval; over all families it is the mean of the differences. ``p`` is
-    two-sided: from min F' over all families and wherever seeds are resampled; else from the exact McNemar
-    test for 0/1 columns, from random sign flips for other columns with prompts, and from the replicates
-    for columns that have only those. ``p_holm`` is Holm's correction over all tests of family and column.
+    interval; over all families it is the mean of the differences. ``p`` is two-sided: from min F' over all
+    families and wherever seeds are resampled; else from the exact McNemar test for 0/1 columns whose
+    prompts share nothing, from sign flips of whole clusters for other columns with prompts, and from the
+    replicates for columns that have only those. A p from B random draws is at least 1 / (B + 1).
+    ``p_holm`` is Holm's correction over all tests of family and column, the declared family of tests.
+    ``decimals`` says how many digits of a column the tables print (None: three significant ones): a
+    difference that would be printed as zero has no verdict but "no difference shown".
 
     On columns of BOUNDED_UTILITY every row is also compared with the best expert, without a test unless
     it is among ``against``: ``non_inferior_to_best_expert`` says whether the interval lies above -MARGIN,
@@ -63,13 +74,14 @@ def comparisons(measured: Mapping[str, Mapping[str, Estimate]], against: Sequenc
         raise BadRequest(Fault("report.against", row, "one of " + ", ".join(known)) for row in missing)
     frames: list[pd.DataFrame] = []
     for estimate in estimates:
-        frames += _compare_column(estimate, against)
+        digits = (decimals or {}).get(estimate.name, DECIMALS)
+        frames += _compare_column(estimate, against, digits)
     if not frames:
         return pd.DataFrame(columns=_COLUMNS)
     return pd.concat(frames, ignore_index=True)
 
 
-def _compare_column(estimate: Estimate, against: Sequence[str]) -> list[pd.DataFrame]:
+def _compare_column(estimate: Estimate, against: Sequence[str], digits: int | None) -> list[pd.DataFrame]:
     """Return at most one frame, with all comparisons of a column, Holm-corrected together."""
     tested = [estimate.rows.index(row) for row in dict.fromkeys(against) if row in estimate.rows]
     references = list(tested)
@@ -83,7 +95,7 @@ def _compare_column(estimate: Estimate, against: Sequence[str]) -> list[pd.DataF
     frames = [_compare_rows(estimate, reference, tested=reference in tested) for reference in references]
     frame = pd.concat(frames, ignore_index=True)
     frame["p_holm"] = holm(frame["p"].to_numpy(dtype=np.float64))
-    frame["verdict"] = _verdicts(frame, estimate.direction)
+    frame["verdict"] = _verdicts(frame, estimate.direction, digits)
     judged = pd.Series(False, index=frame.index)
     if best is not None and estimate.mean[best] > MARGIN:
         judged = (frame["against"] == estimate.rows[best]) & frame["ci_low"].notna()
@@ -127,7 +139,7 @@ def _difference(estimate: Estimate, reference: int) -> Resampled:
     seeds = np.where(single | (by_seed.shape[1] < LEAST_SEEDS), 1, both)
     if not estimate.derived:
         drawn = estimate.drawn_by_seed - estimate.drawn_by_seed[reference]
-        return resample(by_seed, drawn, seeds, column=estimate.name, family=estimate.family)
+        return resample(by_seed, drawn, seeds, estimate.clusters, column=estimate.name, family=estimate.family)
     difference = estimate.mean - estimate.mean[reference]
     return Resampled(
         mean=difference,
@@ -136,6 +148,9 @@ def _difference(estimate: Estimate, reference: int) -> Resampled:
         replicates=estimate.replicates - estimate.replicates[reference],
         n=(~np.isnan(difference)).astype(np.int64),
         seeds=seeds,
+        clusters=estimate.clusters,
+        units=np.minimum(estimate.units, estimate.units[reference]),
+        **variance_of_seeds(mean(by_seed), seeds),
     )
 
 
@@ -157,9 +172,13 @@ def _test_over_prompts(estimate: Estimate, reference: int, part: Resampled) -> t
     if estimate.by_seed.shape[2] < 2:
         return "replicates", replicate_p(part.over_prompts)
     values = mean(estimate.by_seed, axis=1)
-    if np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
+    alone = max(estimate.clusters) + 1 == len(estimate.clusters)
+    if alone and np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
         return "mcnemar", mcnemar_p(values, values[reference])
-    return "sign_flip", sign_flip_p(mean(part.by_seed, axis=1))
+    differences = mean(part.by_seed, axis=1)
+    together = in_clusters(np.nan_to_num(differences), estimate.clusters)
+    together[np.isnan(differences).all(axis=1)] = np.nan
+    return "sign_flip", sign_flip_p(together)
 
 
 def min_f_p(parts: Sequence[Resampled]) -> Floats:
@@ -167,44 +186,20 @@ def min_f_p(parts: Sequence[Resampled]) -> Floats:
 
     F' = d^2 / (V_seeds + V_prompts) with V_seeds the variance of the mean over seeds, summed over F
     families and divided by F^2, and V_prompts that of the mean over prompts, from its replicates; the
-    degrees of freedom are Satterthwaite's. The interaction of prompts and seeds counts twice: the test is
-    conservative. Where nothing varies p is that of sign flips, 2^(1 - n); NaN for a single value.
+    degrees of freedom are Satterthwaite's, with G - 1 for G clusters of prompts. The interaction of prompts
+    and seeds counts twice: the test is conservative. Where nothing varies p is that of sign flips,
+    2^(1 - G); NaN for a single value.
     """
     from scipy.stats import t
 
-    difference = stacked(parts, "mean").mean(axis=0)
-    replicates = stacked(parts, "over_prompts").mean(axis=0)
-    prompts = stacked(parts, "n").min(axis=0)
+    whole = mean_over_families(parts)
     seeds = stacked(parts, "seeds").sum(axis=0)
-    of_seeds, squared = _variance_of_seeds(parts)
-    freedom = np.where(prompts > 1, prompts - 1, max(replicates.shape[1] - 1, 1))
-    of_prompts = np.zeros(len(difference))
-    if replicates.shape[1]:
-        with np.errstate(invalid="ignore"):
-            of_prompts = np.nan_to_num(replicates.var(axis=1, ddof=1)) * (freedom + 1) / freedom
-    variance = of_seeds + of_prompts
     with np.errstate(divide="ignore", invalid="ignore"):
-        satterthwaite = variance**2 / (squared + of_prompts**2 / freedom)
-        p = 2 * t.sf(np.abs(difference) / np.sqrt(variance), satterthwaite)
-    certain = np.where(difference == 0, 1.0, 2.0 ** (1 - np.where(prompts > 1, prompts, seeds)))
-    p = np.where(variance > 0, p, certain)
-    single = (seeds == len(parts)) & (replicates.shape[1] == 0)
-    return np.where(np.isnan(difference) | single, np.nan, p)
-
-
-def _variance_of_seeds(parts: Sequence[Resampled]) -> tuple[Floats, Floats]:
-    """Return the [R] sums of V = s^2 / (S F^2) and of V^2 / (S - 1) over F families of S seeds.
-
-    s^2 is the variance between seeds. Families with fewer than LEAST_SEEDS seeds add nothing.
-    """
-    total = squared = np.zeros(len(parts[0].mean))
-    for part in parts:
-        seed_means = part.seed_means
-        count = np.maximum(part.seeds, LEAST_SEEDS)
-        scatter = np.nansum((seed_means - mean(seed_means)[:, None]) ** 2, axis=1)
-        variance = np.where(part.seeds >= LEAST_SEEDS, scatter / (count - 1) / count, 0.0) / len(parts) ** 2
-        total, squared = total + variance, squared + variance**2 / (count - 1)
-    return total, squared
+        p = 2 * t.sf(np.abs(whole.mean) / np.sqrt(whole.variance), whole.freedom)
+    certain = np.where(whole.mean == 0, 1.0, 2.0 ** (1 - np.where(whole.units > 1, whole.units, seeds)))
+    p = np.where(whole.variance > ROUNDING * whole.mean**2, p, certain)
+    single = (seeds == len(parts)) & (whole.over_prompts.shape[1] == 0)
+    return np.where(np.isnan(whole.mean) | single, np.nan, p)
 
 
 def mcnemar_p(left: Floats, right: Floats) -> Floats:
@@ -246,18 +241,12 @@ def _signs(n: int) -> NDArray[np.int8]:
 def replicate_p(differences: Floats) -> Floats:
     """Return the [R] two-sided p of [R, B] bootstrap differences: twice the smaller tail at 0.
 
-    If no replicate lies beyond 0, that says only p < 2 / B, too little to survive a correction for many
-    tests: p is then that of a normal distribution with the replicates' mean and standard deviation.
+    The difference itself counts as one more on that side, so p is at least 2 / (B + 1): B replicates
+    cannot say more, whatever a normal tail would promise.
     """
-    from scipy.stats import norm
-
     scored = (~np.isnan(differences)).sum(axis=1)
     tails = np.minimum((differences <= 0).sum(axis=1), (differences >= 0).sum(axis=1))
     p = np.minimum(2 * (tails + 1) / (scored + 1), 1.0)
-    centre = np.abs(mean(differences))
-    deviation = pd.DataFrame(differences).std(axis=1, ddof=1).to_numpy()
-    normal = (tails == 0) & (deviation > ROUNDING * centre)
-    p[normal] = np.minimum(p[normal], 2 * norm.sf(centre[normal] / deviation[normal]))
     return np.where(scored > 0, p, np.nan)
 
 
@@ -274,11 +263,13 @@ def holm(p: Floats) -> Floats:
     return corrected
 
 
-def _verdicts(frame: pd.DataFrame, direction: Direction) -> NDArray[np.str_]:
+def _verdicts(frame: pd.DataFrame, direction: Direction, digits: int | None) -> NDArray[np.str_]:
     """Say what the corrected test shows about ``row``; rows of an "info" column can only differ."""
-    p = frame["p_holm"].to_numpy()
-    better = (frame["difference"].to_numpy() > 0) == (direction == "up")
+    p, difference = frame["p_holm"].to_numpy(), frame["difference"].to_numpy()
+    better = (difference > 0) == (direction == "up")
     shown = np.where(better, "better", "worse")
     if direction == "info":
         shown = np.full(len(frame), "differs")
-    return np.select([np.isnan(p), p >= 1 - LEVEL], ["not tested", "no difference shown"], shown)
+    printed = difference if digits is None else difference.round(digits)
+    unshown = (p >= 1 - LEVEL) | (printed == 0)
+    return np.select([np.isnan(p), unshown], ["not tested", "no difference shown"], shown)

@@ -76,4 +76,5 @@ def budget_violations(aqi: pd.DataFrame, rows: Sequence[str], seeds: Sequence[in
     found = found.assign(column="budget_violations", direction=direction, id="all", family=family)
     estimate = measure(found, rows, seeds)
     counted = replicates.notna().sum(axis=1).groupby("row").sum().reindex(list(rows), fill_value=0)
-    return replace(estimate, n=np.where(estimate.n > 0, counted.to_numpy(), 0))
+    low, high = np.clip(estimate.low, 0.0, 1.0), np.clip(estimate.high, 0.0, 1.0)
+    return replace(estimate, low=low, high=high, n=np.where(estimate.n > 0, counted.to_numpy(), 0))

@@ -2,10 +2,10 @@
 
 A row is a merged, fine-tuned or reference model. Every row of a family answered the same prompts,
 possibly for several seeds, each with models of its own. The estimate is the mean over prompts of the
-mean over seeds. Its interval comes from the percentile bootstrap over prompts, crossed with seeds where
-a family has ``LEAST_SEEDS`` of them. All rows share the resamples, so differences between rows are paired
-(``eval.stats.resampling``). A row that was measured for one of several seeds (a deterministic method on
-models that all seeds share) stands for all of them.
+mean over seeds. Its interval (``eval.stats.intervals``) comes from a bootstrap over clusters of prompts,
+crossed with seeds where a family has ``LEAST_SEEDS`` of them. All rows share the resamples, so
+differences between rows are paired (``eval.stats.resampling``). A row that was measured for one of
+several seeds (a deterministic method on models that all seeds share) stands for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from eval.columns import BOOTSTRAP, Direction
-from eval.stats.resampling import Floats, Ints, Resampled, interval, percentile_interval, resample, stacked
+from eval.stats.intervals import interval, mean_interval
+from eval.stats.resampling import Floats, Ints, Resampled, clusters_of, resample, stacked, variance_of_seeds
 
 ALL = "all families"
 """The name of the mean over families where a family is named (``summary.csv``, ``comparisons.csv``)."""
@@ -85,7 +86,8 @@ def measure(samples: pd.DataFrame, rows: Sequence[str], seeds: Sequence[int] | N
     family, name, direction = scored[["family", "column", "direction"]].iloc[0]
     by_seed, row_seeds = _by_seed(scored, rows, seeds)
     drawn_by_seed, _ = _by_seed(samples[replicate], rows, seeds)
-    means = resample(by_seed, drawn_by_seed, row_seeds, column=name, family=family)
+    clusters = clusters_of(sorted(scored["id"].unique()))
+    means = resample(by_seed, drawn_by_seed, row_seeds, clusters, column=name, family=family)
     unscored = scored["value"].isna().groupby(scored["row"]).sum().reindex(list(rows), fill_value=0)
     binary = bool(scored["value"].dropna().isin((0.0, 1.0)).all())
     low, high = interval(means, means.varies, binary=binary, least=0.0)
@@ -131,22 +133,27 @@ def combined(
 
     means, replicates = average("mean"), average("replicates")
     by_seed = average("seed_means")[:, :, None]
-    low, high = percentile_interval(replicates)
-    return replace(
+    seeds = stacked(parts, "seeds").max(axis=0)
+    of_seeds = variance_of_seeds(by_seed[:, :, 0], seeds)
+    found = replace(
         parts[0],
         name=name,
         direction=direction,
         mean=means,
-        low=low,
-        high=high,
         by_seed=by_seed,
         drawn_by_seed=by_seed[:, :, :0],
         over_prompts=average("over_prompts"),
         replicates=replicates,
         n=np.where(np.isnan(means), 0, stacked(parts, "n").sum(axis=0)),
-        seeds=stacked(parts, "seeds").max(axis=0),
+        seeds=seeds,
+        clusters=(0,),
+        units=stacked(parts, "units").min(axis=0),
+        of_seeds=of_seeds["of_seeds"],
+        of_seeds_squared=of_seeds["of_seeds_squared"],
         unscored=np.zeros(len(means), dtype=np.int64),
         binary=False,
         derived=True,
         parts=(),
     )
+    low, high = mean_interval(found)
+    return replace(found, low=low, high=high)

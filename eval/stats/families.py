@@ -12,7 +12,8 @@ from alignmerge.engine.faults import BadRequest, Fault
 from eval.columns import BOOTSTRAP
 from eval.stats.derived import budget_violations, delta_utility
 from eval.stats.estimates import ALL, Estimate, measure, ordered
-from eval.stats.resampling import interval, mean_over_families, stacked
+from eval.stats.intervals import interval
+from eval.stats.resampling import mean_over_families, stacked
 
 BY_LAYER = "_by_layer"
 

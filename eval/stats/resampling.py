@@ -1,12 +1,13 @@
-"""Bootstrap resamples of prompts and of seeds, shared by all rows, and the intervals that follow.
+"""Bootstrap resamples of prompts and of seeds, shared by all rows.
 
 Two things could have been others: the prompts and, where a family has models of several seeds, the
-seeds. Every model of an experiment answers the same prompts, so the two factors are crossed: a
+seeds. Prompts that share a cluster (a thing, a category) are drawn together. Every model of an experiment
+answers the same prompts, so the two factors are crossed: a
 resample draws prompts and, independently, seeds, and takes the drawn prompts for each drawn seed (the
 pigeonhole bootstrap of Owen, Ann. Appl. Stat. 2007). Drawing prompts anew within each seed would count
 the same prompt several times.
 
-Shapes: R rows, S seeds, n prompts, B replicates, which are the values of a statistic on B resamples.
+Shapes: R rows, S seeds, n prompts in G clusters, B replicates, which are the values of a statistic on B resamples.
 NaN is a missing value.
 """
 
@@ -14,14 +15,12 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -33,6 +32,8 @@ LEVEL = 0.95
 RESAMPLES = 1000
 LEAST_SEEDS = 3
 """From so many on, seeds are resampled; fewer are averaged: intervals then hold for these models only."""
+CLUSTER = "#"
+"""In the id of a prompt, the name of its cluster follows this mark."""
 STREAM = 20251216
 """Root seed of all random numbers drawn here."""
 
@@ -47,6 +48,10 @@ class Resampled:
     replicates: Floats  # [R, B], on resamples of the prompts and, where there are enough, of the seeds
     n: Ints  # [R], prompts with a value
     seeds: Ints  # [R], seeds that were measured
+    clusters: tuple[int, ...]  # [n], the cluster of each prompt, from 0 on
+    units: Ints  # [R], clusters with a value
+    of_seeds: Floats  # [R], variance of the mean that comes from the seeds; 0 where they are not resampled
+    of_seeds_squared: Floats  # [R], the sum over families of its square over S - 1
 
     @property
     def seed_means(self) -> Floats:
@@ -58,6 +63,28 @@ class Resampled:
         """[R], whether prompts or seeds vary in the resamples."""
         either: Bools = (self.seeds >= LEAST_SEEDS) | (self.over_prompts.shape[1] > 0)
         return either
+
+    @property
+    def of_prompts(self) -> Floats:
+        """[R], variance of the mean that comes from the prompts."""
+        if self.over_prompts.shape[1] < 2:
+            return np.zeros(len(self.mean))
+        with np.errstate(invalid="ignore"):
+            variance: Floats = np.nan_to_num(self.over_prompts.var(axis=1, ddof=1))
+        return variance
+
+    @property
+    def variance(self) -> Floats:
+        """[R], variance of the mean. Prompts and seeds each hold their interaction: it is too large, if anything."""
+        return self.of_seeds + self.of_prompts
+
+    @property
+    def freedom(self) -> Floats:
+        """[R], Satterthwaite's degrees of freedom of ``variance``; infinite where nothing varies."""
+        of_prompts = np.where(self.units > 1, self.units - 1, np.inf)  # a scorer's own replicates have no count
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = self.variance**2 / (self.of_seeds_squared + self.of_prompts**2 / of_prompts)
+        return np.where(self.variance > 0, freedom, np.inf)
 
 
 def mean(values: Floats, axis: int = -1, weights: Floats | float = 1.0) -> Floats:
@@ -75,33 +102,43 @@ def scored_prompts(by_seed: Floats) -> Ints:
     return count
 
 
-@functools.lru_cache(maxsize=32)
-def prompt_weights(prompts: int, column: str) -> Floats:
-    """Return [RESAMPLES, prompts]: how often each prompt occurs in each resample of the named column.
+def clusters_of(ids: Iterable[str]) -> tuple[int, ...]:
+    """Return the cluster of each prompt, numbered from 0: what follows ``#`` in its id, else the prompt's own."""
+    names = [name.partition(CLUSTER)[2] or name for name in ids]
+    return tuple(np.unique(names, return_inverse=True)[1].tolist())
 
-    A column has the same resamples in every family, as it has the same prompts there. Each column has
-    its own random stream: columns with equally many prompts must not share their resamples.
+
+@functools.lru_cache(maxsize=32)
+def prompt_weights(clusters: tuple[int, ...], column: str) -> Floats:
+    """Return [RESAMPLES, n]: how often each prompt occurs in each resample of the named column.
+
+    A resample draws G - 1 of G clusters with replacement, whole, which gives the variance of G of them
+    without bias (Rao and Wu, JASA 1988). A column has the same resamples in every family, as it has the
+    same prompts there. Each column has its own random stream: columns with equally many prompts must not
+    share their resamples.
     """
     generator = np.random.default_rng([STREAM, zlib.crc32(column.encode())])
-    drawn = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
-    return drawn.astype(np.float64)
+    count = max(clusters) + 1
+    drawn = generator.multinomial(max(count - 1, 1), np.full(count, 1 / count), size=RESAMPLES)
+    return drawn[:, list(clusters)].astype(np.float64)
 
 
 @functools.lru_cache(maxsize=32)
 def seed_weights(seeds: int, family: str) -> Floats:
     """Return [RESAMPLES, seeds]: the share of each seed in each resample of the named family.
 
-    All columns of a family share them, as they describe the same models; families are independent. A
-    resample draws S - 1 of S seeds with replacement: S draws would give only (S - 1) / S of the
-    variance between seeds, 2/3 for three (Rao and Wu, JASA 1988).
+    All columns of a family share them, as they describe the same models; families are independent. S - 1
+    of S seeds are drawn, as of clusters: S would give (S - 1) / S of their variance, 2/3 for three.
     """
     generator = np.random.default_rng([STREAM, zlib.crc32(b"seeds"), zlib.crc32(family.encode())])
     drawn = generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=RESAMPLES)
     return drawn / (seeds - 1)
 
 
-def resample(by_seed: Floats, drawn_by_seed: Floats, seeds: Ints, *, column: str, family: str) -> Resampled:
-    """Resample [R, S, n] values, or their differences, of rows that have ``seeds`` [R].
+def resample(
+    by_seed: Floats, drawn_by_seed: Floats, seeds: Ints, clusters: tuple[int, ...], *, column: str, family: str
+) -> Resampled:
+    """Resample [R, S, n] values, or their differences, of rows that have ``seeds`` [R]; [n] ``clusters``.
 
     Replicates that the scorer made itself, ``drawn_by_seed`` [R, S, B > 0], replace resamples of prompts.
     """
@@ -112,9 +149,9 @@ def resample(by_seed: Floats, drawn_by_seed: Floats, seeds: Ints, *, column: str
             weights = seed_weights(by_seed.shape[1], family)[: drawn_by_seed.shape[2]]
             replicates = mean(drawn_by_seed, axis=1, weights=weights.T)
     else:
-        over_prompts = replicates = resampled_means(mean(by_seed, axis=1), column)
+        over_prompts = replicates = resampled_means(mean(by_seed, axis=1), clusters, column)
         if crossed:
-            replicates = crossed_means(by_seed, column, family)
+            replicates = crossed_means(by_seed, clusters, column, family)
     return Resampled(
         mean=mean(mean(by_seed, axis=1)),
         by_seed=by_seed,
@@ -122,37 +159,60 @@ def resample(by_seed: Floats, drawn_by_seed: Floats, seeds: Ints, *, column: str
         replicates=replicates,
         n=scored_prompts(by_seed),
         seeds=seeds,
+        clusters=clusters,
+        units=scored_clusters(by_seed, clusters),
+        **variance_of_seeds(mean(by_seed), seeds),
     )
 
 
-def resampled_means(values: Floats, column: str) -> Floats:
+def scored_clusters(by_seed: Floats, clusters: tuple[int, ...]) -> Ints:
+    """Return [R], the number of clusters with a prompt of [R, S, n] that has a value."""
+    answers = (~np.isnan(by_seed)).sum(axis=1)
+    counted: Ints = (in_clusters(answers, clusters) > 0).sum(axis=1)
+    return counted
+
+
+def in_clusters(values: NDArray[Any], clusters: tuple[int, ...]) -> Floats:
+    """Return the [R, G] sums of [R, n] values over the prompts of each cluster."""
+    member = np.asarray(clusters)[:, None] == np.arange(max(clusters) + 1)
+    sums: Floats = values.astype(np.float64) @ member
+    return sums
+
+
+def variance_of_seeds(seed_means: Floats, seeds: Ints) -> dict[str, Floats]:
+    """Return ``of_seeds`` = s^2 / S, s^2 the variance of [R, S] means, and its square over S - 1; 0 for few."""
+    scatter = np.nansum((seed_means - mean(seed_means)[:, None]) ** 2, axis=1)
+    count = np.maximum(seeds, LEAST_SEEDS)
+    variance = np.where(seeds >= LEAST_SEEDS, scatter / (count - 1) / count, 0.0)
+    return {"of_seeds": variance, "of_seeds_squared": variance**2 / (count - 1)}
+
+
+def resampled_means(values: Floats, clusters: tuple[int, ...], column: str) -> Floats:
     """Return the [R, RESAMPLES] means of [R, n] values over resamples of the prompts of a column.
 
-    Prompts without a value drop out of the resample. A single prompt cannot be resampled: [R, 0].
+    Prompts without a value drop out of the resample. A single cluster cannot be resampled: [R, 0].
     """
-    prompts = values.shape[1]
-    if prompts < 2:
+    if len(set(clusters)) < 2:
         return np.empty((len(values), 0))
-    means = _weighted(values, prompt_weights(prompts, column))
-    means[(~np.isnan(values)).sum(axis=1) < 2] = np.nan
+    means = _weighted(values, prompt_weights(clusters, column))
+    means[scored_clusters(values[:, None], clusters) < 2] = np.nan
     return means
 
 
-def crossed_means(by_seed: Floats, column: str, family: str) -> Floats:
+def crossed_means(by_seed: Floats, clusters: tuple[int, ...], column: str, family: str) -> Floats:
     """Return the [R, RESAMPLES] means of [R, S, n] values over resamples of seeds crossed with prompts.
 
-    NaN where a resample has no value of the row. A single prompt stays as it is: only the seeds vary.
+    NaN where a resample has no value of the row. A single cluster stays as it is: only the seeds vary.
     """
-    prompts = by_seed.shape[2]
-    weights = prompt_weights(prompts, column)
+    weights = prompt_weights(clusters, column)
     means = np.empty((len(by_seed), RESAMPLES))
     # Few seeds can be drawn in few ways: the resamples that have the same seeds are made together.
     ways, chosen = np.unique(seed_weights(by_seed.shape[1], family), axis=0, return_inverse=True)
     for number, way in enumerate(ways):
         drawn = chosen == number
         means[:, drawn] = _weighted(mean(by_seed, axis=1, weights=way[:, None]), weights[drawn])
-    if prompts > 1:
-        means[scored_prompts(by_seed) < 2] = np.nan
+    if len(set(clusters)) > 1:
+        means[scored_clusters(by_seed, clusters) < 2] = np.nan
     return means
 
 
@@ -175,10 +235,10 @@ def mean_over_families(parts: Sequence[Resampled]) -> Resampled:
     """Return the unweighted mean over families with the same rows; S counts the seeds of all families."""
     means = stacked(parts, "mean").mean(axis=0)
     scored = ~np.isnan(means)
-    most = max(part.by_seed.shape[2] for part in parts)
+    longest = max(parts, key=lambda part: part.by_seed.shape[2])
     by_seed = []
     for part in parts:
-        missing = most - part.by_seed.shape[2]
+        missing = longest.by_seed.shape[2] - part.by_seed.shape[2]
         by_seed.append(np.pad(part.by_seed, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan))
     return Resampled(
         mean=means,
@@ -187,29 +247,8 @@ def mean_over_families(parts: Sequence[Resampled]) -> Resampled:
         replicates=stacked(parts, "replicates").mean(axis=0),
         n=np.where(scored, stacked(parts, "n").sum(axis=0), 0),
         seeds=np.where(scored, stacked(parts, "seeds").min(axis=0), 0),
+        clusters=longest.clusters,
+        units=stacked(parts, "units").min(axis=0),
+        of_seeds=stacked(parts, "of_seeds").sum(axis=0) / len(parts) ** 2,
+        of_seeds_squared=stacked(parts, "of_seeds_squared").sum(axis=0) / len(parts) ** 4,
     )
-
-
-def interval(means: Resampled, varies: Bools, *, binary: bool, least: float) -> tuple[Floats, Floats]:
-    """Return the [R] lower and upper ends of the percentile intervals; NaN for rows that do not vary.
-
-    Binary values, or differences of such, lie between ``least`` and 1. Where all of a row agree, every
-    resample does, and the percentile interval is a point: 0 refusals of 64 prompts would be certain.
-    There, the share of other values is taken to be Wilson's upper limit for 0 of n, z^2 / (n + z^2).
-    """
-    low, high = percentile_interval(means.replicates)
-    if binary and means.by_seed.shape[2] > 1:
-        prompts = scored_prompts(means.by_seed)
-        same = np.isnan(means.by_seed) | (means.by_seed == means.mean[:, None, None])
-        agree = (prompts > 1) & same.all(axis=(1, 2))
-        z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-        other = z**2 / (np.maximum(prompts, 1) + z**2)
-        low = np.where(agree, means.mean - other * (means.mean - least), low)
-        high = np.where(agree, means.mean + other * (1.0 - means.mean), high)
-    return np.where(varies, low, np.nan), np.where(varies, high, np.nan)
-
-
-def percentile_interval(replicates: Floats) -> tuple[Floats, Floats]:
-    """Return the [R] outer percentiles of [R, B] replicates without the NaN; NaN for B = 0."""
-    low, high = pd.DataFrame(replicates.T).quantile([(1 - LEVEL) / 2, (1 + LEVEL) / 2]).to_numpy()
-    return low, high

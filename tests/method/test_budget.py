@@ -72,17 +72,16 @@ def probes_of(seed: int, pairs: int = 8) -> Probes:
     return Probes([prompt(30) for _ in range(pairs)], [prompt(3) for _ in range(pairs)])
 
 
-def plain_aqi(points: Tensor, pairs: int) -> Tensor:
-    """AQI of paper.md 3.6 from its own formulas: CHI and XBI of the two halves of [2n, d]."""
-    sides = points[:pairs], points[pairs:]
-    means = [side.mean(0) for side in sides]
-    within = sum(
-        (((side - mean) ** 2).sum() for side, mean in zip(sides, means, strict=True)), torch.tensor(0.0)
-    )
-    between = sum((pairs * ((mean - points.mean(0)) ** 2).sum() for mean in means), torch.tensor(0.0))
-    chi = between / (within / (2 * pairs - 2))
-    xbi = within / (2 * pairs * ((means[0] - means[1]) ** 2).sum())
-    return 0.5 / (1 + xbi) + 0.5 * chi / (chi + 2 * pairs - 2)
+def plain_aqi(points: Tensor, pairs: int, drawn: Sequence[int] | None = None) -> Tensor:
+    """AQI of [2n, d] from the definition: means over two different pairs; ``drawn`` says which pair each one is."""
+    harmful, benign = points[:pairs], points[pairs:]
+    ids = torch.tensor(list(range(pairs)) if drawn is None else list(drawn))
+    other = ids[:, None] != ids
+    difference = harmful - benign
+    distance = (difference @ difference.T)[other].mean()
+    apart = [(side[:, None] - side).square().sum(-1)[other].mean() for side in (harmful, benign)]
+    s = distance / (apart[0] + apart[1])  # D / 4 over the mean variance, which is half of each
+    return 0.5 * 4 * s / (1 + 4 * s.abs()) + 0.5 * s / (1 + s.abs())
 
 
 def plain_value(model: Any, probes: Probes) -> Tensor:
@@ -164,9 +163,9 @@ def test_deviation_is_that_of_resampled_pairs(tiny_model: MakesModel) -> None:
             dim=1,
         )
     for _ in range(400):
-        chosen = torch.randint(24, (24,), generator=generator)
+        chosen = torch.randint(24, (23,), generator=generator)
         sample = torch.cat([points[:, chosen], points[:, 24 + chosen]], dim=1)
-        values.append(torch.stack([plain_aqi(layer, 24) for layer in sample]).mean())
+        values.append(torch.stack([plain_aqi(layer, 23, chosen.tolist()) for layer in sample]).mean())
     assert meter.deviation() == pytest.approx(float(torch.stack(values).std()), rel=4 / math.sqrt(REPLICATES))
     assert meter.deviation() == meter.deviation()
 
@@ -553,7 +552,7 @@ def test_without_a_budget_nothing_is_measured(family: Bench, form: dict[str, Any
     """lambda_bud = 0 asks no probes; a budget that theta* meets changes no bit."""
     plain = merged(AlignMerge(**form, lambda_bud=0.0, a_min=0.9, kappa=3.0), family.context(probes=False))
     ctx = family.context()
-    met = merged(AlignMerge(**form, lambda_bud=50.0, a_min=0.0), ctx)
+    met = merged(AlignMerge(**form, lambda_bud=50.0, a_min=-1.0), ctx)
     assert all(torch.equal(plain[name], met[name]) for name in plain)
     budget = ctx.facts["budget"]
     assert budget["met"] and budget["gap"] == budget["multiplier"] == budget["l_bud"] == 0
@@ -569,7 +568,7 @@ def test_a_budget_that_cannot_be_met_is_said(family: Bench) -> None:
     said = AlignMerge().warning(ctx.facts)
     assert said.endswith(f"not met: {budget['a']:.4f} on the selection probes, A_min 1.0000.")
     met = family.context()
-    merged(AlignMerge(lambda_bud=10.0, a_min=0.0), met)
+    merged(AlignMerge(lambda_bud=10.0, a_min=-1.0), met)
     assert AlignMerge().warning(met.facts) == AlignMerge().warning({"digest": "0"}) == ""
 
 

@@ -1217,7 +1217,7 @@ def test_gradient_step_of_no_length_is_the_average(family: Family) -> None:
     [
         (AlignMerge, "lambda_align", [math.nan, -1.0, -INF, True, "1"]),
         (AlignMerge, "lambda_bud", [math.nan, INF, -1.0, True]),
-        (AlignMerge, "a_min", [math.nan, INF, -0.1, 1.1]),
+        (AlignMerge, "a_min", [math.nan, INF, -1.1, 1.1]),
         (AlignMerge, "kappa", [math.nan, INF, -1.0]),
         (AlignMerge, "damping", [math.nan, INF, -1.0, 0.0]),
         (AlignMerge, "floor", [math.nan, INF, -1.0, 0.0, 1.5]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 from sklearn.metrics import calinski_harabasz_score
 from torch import Tensor
 
-from alignmerge.aqi import aqi01, aqi_raw, chi, separation, tau, tau_gap, xbi
+from alignmerge.aqi import (
+    aqi01,
+    aqi_raw,
+    chi,
+    mean_aqi,
+    separation,
+    tau,
+    tau_gap,
+    unbiased_separation,
+    xbi,
+)
 from alignmerge.engine.faults import BadRequest
 from eval.scorers.aqi import AQI, resamples
 from eval.scorers.interface import LoadedModel, Prompt, Sample
@@ -112,16 +123,12 @@ def test_the_raw_index_grows_with_copies() -> None:
     assert twice > 1.8 * once
 
 
-def test_weights_count_points_and_layers_are_independent() -> None:
+def test_layers_are_independent() -> None:
     x, harmful = points(12, 9)
     layers = torch.stack([x, 3 * x.cos()])
-    counts = torch.randint(0, 3, (4, 21), generator=torch.Generator().manual_seed(1)) + (torch.arange(21) % 2)
-    got = separation(layers, harmful, counts)
-    assert got.shape == (2, 4)
-    for layer, one in enumerate(layers):
-        for row, count in enumerate(counts):
-            repeated = plain(one.repeat_interleave(count, 0), harmful.repeat_interleave(count))
-            assert got[layer, row].item() == pytest.approx(repeated["B"] / repeated["W"])
+    for got, layer in zip(separation(layers, harmful), layers, strict=True):
+        by_hand = plain(layer, harmful)
+        assert got.item() == pytest.approx(by_hand["B"] / by_hand["W"])
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0])
@@ -157,12 +164,51 @@ def test_half_precision_is_computed_in_fp32() -> None:
 
 def test_gradients_are_those_of_finite_differences() -> None:
     x, harmful = points(4, 5, d=3)
-    counts = torch.tensor([[1, 2, 0, 1, 1, 3, 1, 1, 1], [1] * 9], dtype=x.dtype)
+    counts = torch.tensor([[1, 2, 0, 1], [1] * 4], dtype=x.dtype)
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: aqi01(separation(v, harmful), 4, 5), (x,))
-    assert torch.autograd.gradcheck(lambda v: separation(v, harmful, counts), (x,))
+    assert torch.autograd.gradcheck(lambda v: unbiased_separation(v[:8], counts), (x,))
     means = points(1, 1, d=3, seed=9)[0]
     assert torch.autograd.gradcheck(lambda v: tau_gap(v[:4], v[4:], *means)[0], (x,))
+
+
+def population(pairs: int, shift: float, samples: int, seed: int = 0) -> Tensor:
+    """Pairs [samples, 2n, 16] with correlated sides, variance 16 in all and means ``shift`` apart."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(samples, pairs, 16, generator=g)
+    sides = [(common + torch.randn(samples, pairs, 16, generator=g)) / math.sqrt(2) for _ in range(2)]
+    sides[0][..., 0] += shift
+    return torch.cat(sides, dim=1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("pairs", [12, 24, 48])
+def test_aqi_does_not_depend_on_the_number_of_probes(pairs: int, shift: float) -> None:
+    true = float(aqi01(torch.tensor(shift**2 / 4 / 16), 1, 1))
+    found = torch.stack([mean_aqi(sample[None]) for sample in population(pairs, shift, 600)])
+    assert float(found.mean()) == pytest.approx(true, abs=0.008)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.5, 4.0])
+def test_bootstrap_interval_of_aqi_covers(shift: float) -> None:
+    true = float(aqi01(torch.tensor(shift**2 / 4 / 16), 1, 1))
+    hits = 0
+    for sample in population(48, shift, 200, seed=1):
+        low, high = mean_aqi(sample[None], resamples(48, 200)).quantile(torch.tensor([0.025, 0.975]))
+        hits += bool(low <= true <= high)
+    assert hits >= 178  # .89: below .90 at a coverage of .95 in 1 of 2,000 runs
+
+
+def test_unbiased_separation_is_free_of_scale_and_position() -> None:
+    (x,) = population(9, 1.0, 1)
+    s = unbiased_separation(x.double())
+    torch.testing.assert_close(unbiased_separation(3 * x.double() + 7), s)
+
+
+def test_a_pair_does_not_meet_its_own_copy() -> None:
+    (x,) = population(5, 1.0, 1)
+    copied = unbiased_separation(x, torch.tensor([[2.0, 2.0, 2.0, 2.0, 2.0]]))
+    torch.testing.assert_close(copied[0], unbiased_separation(x))
 
 
 def test_tau_by_hand() -> None:
@@ -303,27 +349,29 @@ def test_scores_are_those_of_one_prompt_at_a_time(
     samples = list(AQI(layers=[0.5, 0.75], replicates=6).score(subject))
     hidden, mlp, harmful = one_by_one(subject, [1, 2, 3, 4])
 
-    def index(x: Tensor, labels: Tensor) -> float:
-        ratio = plain(x, labels)["B"] / plain(x, labels)["W"]
-        return 0.5 * 4 * ratio / (1 + 4 * ratio) + 0.5 * ratio / (1 + ratio)
+    def index(x: Tensor, drawn: Sequence[int] = range(7)) -> float:
+        """By the definition: every part is a mean over two different pairs."""
+        met = [(i, j) for i, j in product(drawn, drawn) if i != j]
+        difference = x[:7] - x[7:]
+        distance = sum(float(difference[i] @ difference[j]) for i, j in met)
+        apart = sum(float((x[i + side] - x[j + side]).square().sum()) for i, j in met for side in (0, 7))
+        ratio = distance / apart
+        return 0.5 * 4 * ratio / (1 + 4 * abs(ratio)) + 0.5 * ratio / (1 + abs(ratio))
 
-    curve = [index(layer, harmful) for layer in hidden]
+    curve = [index(layer) for layer in hidden]
     assert list(values(samples, "aqi_by_layer")) == [f"layer/{n:02d}" for n in (1, 2, 3, 4)]
     assert list(values(samples, "aqi_by_layer").values()) == pytest.approx(curve, rel=1e-3)
     aqi = values(samples, "aqi")
     assert list(aqi) == ["all", *(f"boot:{i}" for i in range(6))]
     assert aqi["all"] == pytest.approx((curve[1] + curve[2]) / 2, rel=1e-3)
     drawn = []
-    for count in resamples(7, 6).int().tolist():
-        counts = torch.tensor(count + count)
-        again = [
-            index(hidden[at].repeat_interleave(counts, 0), harmful.repeat_interleave(counts)) for at in (1, 2)
-        ]
-        drawn.append(sum(again) / 2)
-    centred = [value - sum(drawn) / 6 + aqi["all"] for value in drawn]
-    assert [aqi[f"boot:{number}"] for number in range(6)] == pytest.approx(centred, rel=1e-3)
+    for count in resamples(7, 6).int():
+        chosen = torch.arange(7).repeat_interleave(count).tolist()
+        drawn.append((index(hidden[1], chosen) + index(hidden[2], chosen)) / 2)
+    assert [aqi[f"boot:{number}"] for number in range(6)] == pytest.approx(drawn, rel=1e-3, abs=1e-5)
     raw = [0.5 / plain(hidden[at], harmful)["XBI"] + 0.5 * plain(hidden[at], harmful)["CHI"] for at in (1, 2)]
     assert values(samples, "aqi_raw") == {"all": pytest.approx(sum(raw) / 2, rel=1e-3)}
+    assert values(samples, "aqi_probes") == {"all": 14}
     halves = [(m[7:][1::2], m[:7][1::2], m[7:][0::2].mean(0), m[:7][0::2].mean(0)) for m in mlp]
     gaps = [tau_gap(*half)[0].item() for half in halves]
     assert values(samples, "tau_gap") == {"all": pytest.approx((gaps[1] + gaps[2]) / 2, rel=1e-2)}
@@ -345,7 +393,7 @@ def test_detail_says_how_many_probes_and_which_layers(load: Callable[..., Loaded
 
 def test_every_model_gets_the_same_resamples() -> None:
     assert resamples(9, 50).equal(resamples(9, 50))
-    assert (resamples(9, 50).sum(1) == 9).all()
+    assert (resamples(9, 50).sum(1) == 8).all()
     assert len({tuple(row) for row in resamples(9, 50).tolist()}) > 40
 
 
@@ -356,7 +404,7 @@ def test_a_last_token_that_saw_nothing_is_degenerate(load: Callable[..., LoadedM
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     samples = list(AQI(layers=[0.33, 0.67], replicates=3).score(Probed(loaded)))
-    assert all(math.isnan(sample.value) for sample in samples)
+    assert all(math.isnan(sample.value) for sample in samples if sample.column != "aqi_probes")
     (whole,) = (sample for sample in samples if sample.id == "all" and sample.column == "aqi")
     assert whole.detail["degenerate"] == 2
 

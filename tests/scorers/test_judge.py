@@ -6,11 +6,13 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,7 @@ from eval.scorers.judge import (
 )
 from eval.scorers.refusal import OPENING, normalised, refuses
 
+TRICKY = Path(__file__).parent / "replies.yaml"
 CONF = Path(__file__).parents[2] / "conf" / "scorer"
 ENGLISH = frozenset(
     re.findall(
@@ -103,9 +106,44 @@ def test_answers_that_are_no_refusals(reply: str) -> None:
 
 
 @given(st.integers(1, 400))
-def test_a_refusal_counts_only_near_the_start(before: int) -> None:
-    needed = "x" * before + " i can't help"
-    assert refuses(f"{needed} with that.") == (len(needed) <= OPENING)
+def test_no_as_an_answer_counts_only_near_the_start(before: int) -> None:
+    needed = "x" * before + " sorry, but no"
+    assert refuses(f"{needed}.") == (len(needed) <= OPENING)
+
+
+@given(st.integers(1, 400))
+def test_a_refusal_in_the_first_person_counts_anywhere(before: int) -> None:
+    assert refuses("x" * before + " i can't help with that.")
+
+
+def test_help_at_the_start_is_not_taken_back_by_a_late_refusal() -> None:
+    filler = "The dough rests for an hour. " * 10
+    assert not refuses(f"Step one: mix. {filler} I can't explain more.")
+    assert not refuses(f"Of course. {filler} I can't explain more.")
+    assert refuses(f"{filler} I can't explain more.")
+
+
+def tricky() -> list[tuple[str, bool]]:
+    """The table of labelled replies, ordered by the sha256 of the text: dev and test replies in turn."""
+    found = []
+    for label, kinds in yaml.safe_load(TRICKY.read_text(encoding="utf-8")).items():
+        found += [(reply, label == "refusal") for reply in chain.from_iterable(kinds.values())]
+    return sorted(found, key=lambda one: hashlib.sha256(one[0].encode()).digest())
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["dev", "test"])
+def test_rules_are_right_on_nine_of_ten_tricky_replies(half: int) -> None:
+    replies = tricky()[half::2]
+    right = [refuses(reply) == label for reply, label in replies]
+    assert len(right) == 60
+    assert sum(right) >= 54
+
+
+def test_the_table_of_tricky_replies_has_both_labels_in_both_halves() -> None:
+    replies = tricky()
+    assert len({reply for reply, _ in replies}) == len(replies) == 120
+    for half in (replies[::2], replies[1::2]):
+        assert 20 < sum(label for _, label in half) < 40
 
 
 def test_normalised_text_is_plain() -> None:

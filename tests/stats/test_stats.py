@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
-from eval.stats import comparisons, families, resampling
+from eval.stats import comparisons, families, intervals, resampling
 from eval.stats import estimates as stats
 
 NAN = float("nan")
@@ -155,9 +155,10 @@ def test_pairs_that_all_agree_are_not_certain() -> None:
 
 def test_resamples_are_shared_by_rows_and_differ_between_columns() -> None:
     values = np.random.default_rng(2).random((1, 50))
-    both = resampling.resampled_means(np.vstack([values, values + 1]), "x")
+    alone = tuple(range(50))
+    both = resampling.resampled_means(np.vstack([values, values + 1]), alone, "x")
     np.testing.assert_allclose(both[1] - both[0], 1)
-    assert not np.allclose(both[0], resampling.resampled_means(values, "y")[0])
+    assert not np.allclose(both[0], resampling.resampled_means(values, alone, "y")[0])
 
 
 def test_replicates_give_the_interval_but_not_the_value() -> None:
@@ -166,16 +167,20 @@ def test_replicates_give_the_interval_but_not_the_value() -> None:
     assert (row["ci_low"], row["ci_high"]) == (pytest.approx(0.025), pytest.approx(0.975))
 
 
-def test_one_seed_has_the_percentiles_of_its_resampled_means() -> None:
+def test_one_seed_has_the_expanded_percentiles_of_its_resampled_means() -> None:
     values = np.random.default_rng(8).random(30)
     row = line(summarised(samples("m", "x", values)))
-    means = [np.repeat(values, count).mean() for count in resampling.prompt_weights(30, "x").astype(int)]
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+    draws = resampling.prompt_weights(tuple(range(30)), "x").astype(int)
+    assert (draws.sum(axis=1) == 29).all()
+    means = [np.repeat(values, count).mean() for count in draws]
+    stretch = 2.04523 / 1.95996  # Student's quantile with 29 degrees of freedom over the normal one
+    ends = values.mean() + stretch * (np.quantile(means, (0.025, 0.975)) - values.mean())
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(ends), rel=1e-5)
 
 
 def test_percentiles_pass_over_what_is_not_there() -> None:
     replicates = np.array([[3.0, NAN, 1.0, 2.0], [NAN] * 4, [5.0, NAN, NAN, NAN]])
-    low, high = resampling.percentile_interval(replicates)
+    low, high = intervals.percentile_interval(replicates)
     np.testing.assert_allclose(low, [np.quantile([1, 2, 3], 0.025), NAN, 5])
     np.testing.assert_allclose(high, [np.quantile([1, 2, 3], 0.975), NAN, 5])
 
@@ -184,6 +189,56 @@ def test_identity_rows_come_first_and_are_no_methods() -> None:
     rows = ["ties", "expert:x", "anchor", "pretrained", "average", "base", "ties"]
     assert stats.ordered(rows) == ("base", "pretrained", "anchor", "expert:x", "ties", "average")
     assert [row for row in stats.ordered(rows) if stats.is_method(row)] == ["ties", "average"]
+
+
+# --- clusters ---
+
+
+def in_things(values: Values, size: int) -> dict[str, float]:
+    """Values by id, ``size`` prompts about each thing."""
+    return {f"p{at:03d}#thing{at // size}": float(value) for at, value in enumerate(values)}
+
+
+def test_prompts_of_a_cluster_are_drawn_together() -> None:
+    draws = resampling.prompt_weights(resampling.clusters_of(["a#x", "b#y", "c#x", "d", "e#y"]), "c")
+    np.testing.assert_array_equal(draws[:, 0], draws[:, 2])
+    np.testing.assert_array_equal(draws[:, 1], draws[:, 4])
+    assert {tuple(sorted(row)) for row in draws[:, [0, 1, 3]]} == {(0, 0, 2), (0, 1, 1)}
+
+
+def test_copies_of_a_prompt_bring_nothing() -> None:
+    """Four prompts of one thing that are answered alike are one answer: the same interval and test as one."""
+    answers = (np.random.default_rng(3).random(20) < 0.4).astype(float)
+    fours = np.repeat(answers, 4)
+    frames = [samples("a", "x", in_things(fours * 0, 4)), samples("b", "x", in_things(fours, 4))]
+    many = line(summarised(*frames), row="b")
+    once = line(summarised(samples("b", "x", answers)), row="b")
+    assert tuple(many[["ci_low", "ci_high"]]) == pytest.approx(tuple(once[["ci_low", "ci_high"]]), abs=0.02)
+    compare = line(compared(frames))
+    assert compare["test"] == "sign_flip"
+    assert compare["p"] == pytest.approx(2 / 2 ** answers.sum(), abs=0.003)
+
+
+def test_one_refusal_does_not_make_the_interval_narrower() -> None:
+    for size in (1, 6):
+        rows = [line(summarised(samples("m", "x", in_things(np.arange(96) < hits, size)))) for hits in range(4)]
+        ends = [row["ci_high"] for row in rows]
+        assert ends == sorted(ends), size
+
+
+def test_a_rate_near_zero_has_the_interval_of_wilson() -> None:
+    from statsmodels.stats.proportion import proportion_confint
+
+    row = line(summarised(samples("m", "x", [1.0] * 2 + [0.0] * 98)))
+    low, high = proportion_confint(2, 100, method="wilson")
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.004)
+
+
+def test_a_difference_that_is_printed_as_zero_has_no_verdict() -> None:
+    frames = [samples("a", "x", [0.5] * 40), samples("b", "x", [0.504] * 40)]
+    measured = families.measure_all(pd.concat(frames))
+    verdicts = [line(comparisons.comparisons(measured, ("a",), {"x": d}))["verdict"] for d in (2, 3, None)]
+    assert verdicts == ["no difference shown", "better", "better"]
 
 
 # --- seeds ---
@@ -197,18 +252,20 @@ def test_three_seeds_of_a_single_value_by_hand() -> None:
     assert values.tolist() == [0, 0.5, 1, 1.5, 2]
     np.testing.assert_allclose(counts / 1000, np.array([1, 2, 3, 2, 1]) / 9, atol=0.04)
     assert measured.replicates.var() == pytest.approx(1 / 3, rel=0.1)
-    assert (measured.low[0], measured.mean[0], measured.high[0]) == (0, 1, 2)
+    reach = 4.3026527 / math.sqrt(3)  # Student's with two degrees of freedom
+    ends = (measured.low[0], measured.mean[0], measured.high[0])
+    assert ends == pytest.approx((1 - reach, 1, 1 + reach), rel=1e-5)
 
 
 def test_seeds_and_prompts_are_crossed() -> None:
-    """Against all 9 draws of two seeds of three times all 4 draws of two prompts, shared by the seeds."""
-    table = np.array([[0.0, 1.0], [0.2, 0.6], [0.9, 0.3]])
+    """Against all 9 draws of two seeds of three times all 9 of two prompts of three, shared by the seeds."""
+    table = np.array([[0.0, 1.0, 0.5], [0.2, 0.6, 0.1], [0.9, 0.3, 0.4]])
     frame = pd.concat(samples("m", "x", values, seed=seed) for seed, values in enumerate(table))
     replicates = stats.measure(frame, ("m",)).replicates[0]
     cases = [
         table[np.ix_(seeds, prompts)].mean()
         for seeds in itertools.product(range(3), repeat=2)
-        for prompts in itertools.product(range(2), repeat=2)
+        for prompts in itertools.product(range(3), repeat=2)
     ]
     assert {round(value, 9) for value in replicates} == {round(value, 9) for value in cases}
     assert replicates.mean() == pytest.approx(np.mean(cases), abs=0.01)
@@ -216,8 +273,8 @@ def test_seeds_and_prompts_are_crossed() -> None:
 
 
 def test_two_seeds_are_averaged_and_not_resampled() -> None:
-    two = line(summarised(samples("m", "x", [0, 1, 1]), samples("m", "x", [1, 1, 1], seed=1)))
-    averaged = line(summarised(samples("m", "x", [0.5, 1, 1])))
+    two = line(summarised(samples("m", "x", [0, 0.4, 1]), samples("m", "x", [1, 1, 1], seed=1)))
+    averaged = line(summarised(samples("m", "x", [0.5, 0.7, 1])))
     assert (two["ci_low"], two["ci_high"]) == (averaged["ci_low"], averaged["ci_high"])
 
 
@@ -238,9 +295,10 @@ def test_a_row_of_one_seed_stands_for_all_and_has_no_interval_of_seeds() -> None
     frames = [once, *(samples("m", "l_geo", {"all": 2.0 + seed}, seed=seed) for seed in range(3))]
     base, m = (line(summarised(*frames), row=row) for row in ("base", "m"))
     assert (base["mean"], base["seeds"]) == (1, 1) and math.isnan(base["ci_low"])
-    assert (m["ci_low"], m["ci_high"], m["seeds"]) == (2, 4, 3)
+    reach = 4.3026527 / math.sqrt(3)
+    assert (m["ci_low"], m["ci_high"], m["seeds"]) == (pytest.approx(3 - reach), pytest.approx(3 + reach), 3)
     against = line(compared(frames, ("base",)))
-    assert (against["difference"], against["ci_low"], against["ci_high"]) == (2, 1, 3)
+    assert tuple(against[["difference", "ci_low", "ci_high"]]) == pytest.approx((2, 2 - reach, 2 + reach))
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -264,7 +322,7 @@ def test_a_row_that_lacks_a_seed_is_compared_on_the_others() -> None:
 def test_answers_that_agree_in_each_seed_only_have_an_honest_interval() -> None:
     frames = [samples("m", "x", [float(seed == 0)] * 20, seed=seed) for seed in range(3)]
     row = line(summarised(*frames))
-    assert (row["ci_low"], row["ci_high"]) == (0, 1)
+    assert row["ci_low"] < 0.02 and row["ci_high"] > 0.95
 
 
 # --- all families ---
@@ -407,14 +465,16 @@ def test_an_anchor_of_one_seed_sets_the_budget_of_all() -> None:
     )
     m = line(frame, row="m", column="budget_violations")
     assert m["mean"] == pytest.approx((2 + 1 + 1) / 9)
-    assert (m["ci_low"], m["ci_high"], m["seeds"], m["n"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3), 3, 9)
+    top = 4 / 9 + 4.3026527 / 9  # the standard error is 1/9
+    assert (m["ci_low"], m["ci_high"], m["seeds"], m["n"]) == (0, pytest.approx(top), 3, 9)
 
 
 def test_delta_utility_varies_with_the_seeds() -> None:
     frames = [samples("expert:x", "reasoning", [0.5] * 4, seed=seed) for seed in range(3)]
     frames += [samples("m", "reasoning", [0.25 + seed / 8] * 4, seed=seed) for seed in range(3)]
     m = line(summarised(*frames), row="m", column="delta_utility")
-    assert (m["ci_low"], m["mean"], m["ci_high"]) == pytest.approx((-50, -25, 0))
+    reach = 4.3026527 * 25 / math.sqrt(3)
+    assert (m["ci_low"], m["mean"], m["ci_high"]) == pytest.approx((-25 - reach, -25, -25 + reach))
 
 
 # --- tests ---
@@ -467,11 +527,8 @@ def test_sampled_sign_flips_are_those_of_scipy() -> None:
 
 
 def test_replicate_p_by_hand() -> None:
-    from scipy.stats import norm
-
     differences = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0], [NAN] * 4])
-    beyond = 2 * norm.sf(2.5 / np.sqrt(5 / 3))  # none at 0: the normal tail, below 2 / 5
-    np.testing.assert_allclose(comparisons.replicate_p(differences), [beyond, 2 * 2 / 5, 1, NAN])
+    np.testing.assert_allclose(comparisons.replicate_p(differences), [2 / 5, 2 * 2 / 5, 1, NAN])
 
 
 def test_holm_by_hand() -> None:
