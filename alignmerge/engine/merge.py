@@ -15,6 +15,7 @@ from alignmerge.engine.loop import merge
 from alignmerge.engine.merger import Merger, Models
 from alignmerge.engine.progress import silent
 from alignmerge.engine.store import Artifact
+from alignmerge.engine.validation import FLOATS
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Merge:
     def folder(self) -> Path:
         """Where the merged weights lie, or will lie."""
         return self.source.store.path("weights", self._folder_recipe)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the merged weights take."""
+        return sum(spec.numel * FLOATS[spec.dtype].itemsize for spec in self.models.base.values())
 
     def record(self, progress: Progress = silent) -> Artifact:
         """Return digest and certificate, merging if nobody has; the weights may be dropped later."""

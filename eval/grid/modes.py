@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.configuration import build, choices, nearest
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.destination import ALLOWED, check_room, claimed, free_path
+from alignmerge.engine.faults import BadRequest, Fault, NoRoom
 from alignmerge.engine.hub import snapshot_in
 from alignmerge.engine.manifest import all_versions, git_state
 from alignmerge.engine.merge import Merge
@@ -167,18 +167,14 @@ def merge(config: Config) -> int:
     }  # fmt: skip
     out, zoo, merger = BadRequest.gathered(makers).values()
     job = Merge(merger, zoo, zoo.models(), config["seed"])
-    staging = out.parent / f".{out.name}.staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    check_room(out, "out", job.bytes)
     started = time.monotonic()
-    try:
-        with Board() as board:
-            facts = job.write(staging, board.reporter("merge: tensors"))
+    with claimed(out, "out") as staging, Board() as board:
+        folder = staging / out.name
+        folder.mkdir()
+        facts = job.write(folder, board.reporter("merge: tensors"))
         manifest = {"recipe": job.recipe, "facts": facts, "versions": all_versions(), "git": git_state()}
-        write_json(staging / "manifest.json", manifest)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        write_json(folder / "manifest.json", manifest)
     seconds = time.monotonic() - started
     OUT.print(f"{out}: {len(job.models.base)} tensors in {seconds:.1f} s, sha256 {facts['digest']}")
     return 0
@@ -230,17 +226,17 @@ def _given_model(config: Config) -> Path:
 
 
 def _new_path(config: Config) -> Path:
-    allowed = "a path that does not exist yet"
-    path = _given_path(config, "out", allowed)
-    if path.exists():
-        raise BadRequest.of("out", f"{path} exists", allowed)
-    return path
+    return free_path(_given_path(config, "out", ALLOWED), "out", outside=Path(config["store"]))
 
 
 def _end(failures: list[Failure]) -> int:
     faults = [fault for one in failures if isinstance(one.error, BadRequest) for fault in one.error.faults]
     if faults:
         raise BadRequest(dict.fromkeys(faults))
+    full = {str(one.error): None for one in failures if isinstance(one.error, NoRoom)}
+    for reason in full:  # once, however many cells it stopped
+        print(f"failed: {reason}", file=sys.stderr)
     for failure in failures:
-        print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
+        if not isinstance(failure.error, NoRoom):
+            print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
     return 1 if failures else 0

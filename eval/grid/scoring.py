@@ -12,6 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.destination import claimed
 from alignmerge.engine.language import threads
 from alignmerge.engine.progress import OUT
 from alignmerge.engine.store import write_json
@@ -23,12 +24,25 @@ from eval.scorers.utility import Utility, write_tasks
 
 
 def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out: Path) -> None:
-    """Score a folder, print its table, write ``out`` and lm-eval's task folder beside it."""
-    model.known_as(zoo.digest_of(model.folder, "model"))
-    models = zoo.models() if any(scorer.relative for scorer in scorers) else None
-    subject = StoreSubject(zoo, model.folder, identity_of(model), "test", models)
+    """Score a folder, print its table, write ``out`` and lm-eval's task folder beside it.
+
+    Raises BadRequest if another process is writing ``out``.
+    """
+    with claimed(out, "out") as staging:
+        model.known_as(zoo.digest_of(model.folder, "model"))
+        models = zoo.models() if any(scorer.relative for scorer in scorers) else None
+        subject = StoreSubject(zoo, model.folder, identity_of(model), "test", models)
+        means = _means(_samples(subject, scorers))
+        _write(staging / out.name, subject, means)
+        _write_tasks(out.with_suffix(".tasks"), subject, scorers)
+    OUT.print(_table(str(model.folder), means))
+    OUT.print(f"wrote {out}")
+
+
+def _samples(subject: StoreSubject, scorers: Sequence[Scorer]) -> pd.DataFrame:
+    """Return what the scorers find, but for the columns of single layers."""
     frames = []
-    with threads(zoo.family.threads):
+    with threads(subject.zoo.family.threads):
         for scorer in scorers:
             started = time.monotonic()
             frames.append(read_scores(score(scorer, subject)))
@@ -37,14 +51,14 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
     for scorer in scorers:
         by_layer = [name for name, column in scorer.columns.items() if column.by_layer]
         samples = samples[~samples["column"].isin(by_layer)]
-    means = _means(samples)
-    table = Table("column", "value", "n", "unscored", title=str(model.folder))
+    return samples
+
+
+def _table(title: str, means: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table("column", "value", "n", "unscored", title=title)
     for column, facts in means.items():
         table.add_row(column, f"{facts['mean']:.4f}", str(facts["n"]), str(facts["unscored"]))
-    OUT.print(table)
-    _write(out, subject, means)
-    OUT.print(f"wrote {out}")
-    _write_tasks(out.with_suffix(".tasks"), subject, scorers)
+    return table
 
 
 def _means(samples: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -63,7 +77,6 @@ def _write(out: Path, subject: StoreSubject, means: Mapping[str, Mapping[str, fl
         columns[column] = dict(facts)
         if math.isnan(facts["mean"]):
             columns[column]["mean"] = None
-    out.parent.mkdir(parents=True, exist_ok=True)
     setting = {"corpus": subject.zoo.prompts.digest, **subject.setting()}
     write_json(out, {"weights": subject.identity["weights"], "columns": columns, "setting": setting})
 

@@ -639,7 +639,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no config": (no_config, "config.json"),
     "shard outside": (escaping, "../../escape.safetensors"),
     "missing tensor": (changed(lambda t: t.pop("model.norm.weight")), "tensor 'model.norm.weight' is missing"),
-    "extra tensor": (changed(lambda t: t.update(extra=torch.ones(2))), "tensor 'extra' has no place in the model"),
+    "extra tensor": (
+        changed(lambda t: t.update(extra=torch.ones(2))),
+        "tensor 'extra' has no place in the model",
+    ),
     "other shape": (
         changed(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         "has shape [31]; allowed: [32]",

@@ -181,7 +181,11 @@ def test_unigram_vocabularies_are_lists(tiny_model: MakesModel, copied: Copies) 
 
 @pytest.mark.parametrize(
     ("text", "given"),
-    [("{", "not JSON"), ('{"model": {}}', "the tokenizer cannot"), ('{"model": {"vocab": 3}}', "the tokenizer cannot")],
+    [
+        ("{", "not JSON"),
+        ('{"model": {}}', "the tokenizer cannot"),
+        ('{"model": {"vocab": 3}}', "the tokenizer cannot"),
+    ],
 )
 def test_broken_tokenizer(text: str, given: str, tiny_model: MakesModel, copied: Copies) -> None:
     broken = copied(tiny_model("llama"))
