@@ -162,7 +162,7 @@ class Dev:
             "instruction_following": 0.5,
             "reasoning": 0.5,
         }
-        self.frame = pd.DataFrame({"column": list(values), "value": list(values.values())})
+        self.values = pd.DataFrame({"column": list(values), "value": list(values.values())})
 
 
 def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Experiment) -> None:
