@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from eval import stats
 from eval.columns import Column
 from eval.report.agreement import Agreement, agreement, said
 from eval.report.layout import write_columns
@@ -95,7 +96,7 @@ def results(
         "scorers": scorers,
         "cpu": "Acme 9",
         "git": {"commit": "a" * 40},
-        "statistics": 1,
+        "statistics": stats.VERSION,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest | (change or {})))
     return folder
