@@ -72,16 +72,18 @@ def merge(
 
 
 def blocks(
-    models: Models, work: Callable[[Block], Result], names: Iterable[str] | None = None
+    models: Models,
+    work: Callable[[Block], Result],
+    names: Iterable[str] | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> Iterator[Result]:
     """Yield what ``work`` makes of every block of the models (or of the named views), in order, over all cores.
 
     The tensors of a block hold until ``work`` returns.
     """
     keep_memory()
-    buffers = _buffers(models, BLOCK_ELEMENTS)
-    views = models.base.views
-    places = [(name, rows) for name in names or views for rows in row_blocks(views[name].shape)]
+    buffers, views = _buffers(models, block_elements), models.base.views
+    places = [(name, rows) for name in names or views for rows in row_blocks(views[name].shape, block_elements)]
     return in_order(lambda place: work(MappedBlock(models, *place, buffers)), places)
 
 

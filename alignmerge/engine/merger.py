@@ -264,10 +264,13 @@ def step(base: Tensor, pool: Sequence[Tensor], scale: float) -> Tensor:
 
 
 def total(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Return the (weighted) sum of equally shaped tensors, summed in float64."""
-    summed = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for weight, tensor in zip(weights or [1.0] * len(tensors), tensors, strict=True):
-        summed += tensor if weights is None else weight * tensor.double()
+    """Return the (weighted) sum of equally shaped tensors in float64: new memory."""
+    doubles = (tensor.to(torch.float64, copy=True) for tensor in tensors)
+    if weights is not None:
+        doubles = (one.mul_(weight) for one, weight in zip(doubles, weights, strict=True))
+    summed = next(doubles)
+    for one in doubles:
+        summed += one
     return summed
 
 
