@@ -14,11 +14,10 @@ import torch
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.folder import TOKENIZER
+from alignmerge.engine.folder import VOCABULARY, vocabulary_file
 
 Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 READERS = ("sentencepiece", "tiktoken", "protobuf")
 """Optional packages that read tokenizers which have no tokenizer.json."""
 THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -68,9 +67,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _read_tokenizer(loader: Any, folder: Path) -> Any:
-    where, files = f"tokenizer of {folder}", [path for name in TOKENIZER for path in folder.glob(name)]
-    if not any(path.name in VOCABULARIES for path in files):
-        raise BadRequest.of(where, "no tokenizer", f"a folder with one of {', '.join(VOCABULARIES)}")
+    where = f"tokenizer of {folder}"
+    if not vocabulary_file(folder).is_file():
+        raise BadRequest.of(where, "no tokenizer", f"a folder with one of {', '.join(VOCABULARY)}")
     try:
         return loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its readers raise whatever they please

@@ -69,6 +69,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def recorded_of(manifest: Mapping[str, Any], family: str, seed: int) -> dict[str, Any]:
+    """Return what a manifest says of a family with a seed; nothing where it does not name them."""
+    found: dict[str, Any] = manifest["families"].get(family, {}).get(f"seed {seed}", {})
+    return found
+
+
 def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put a copy of ``source`` with this manifest in the place of ``folder``.
 

@@ -12,7 +12,15 @@ from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Merger
 from eval import stats
 from eval.grid.experiment import Experiment
-from eval.grid.folders import COMMITTED, REFERENCE, folder_of_run, read_manifest, replace_folder, word_of
+from eval.grid.folders import (
+    COMMITTED,
+    REFERENCE,
+    folder_of_run,
+    read_manifest,
+    recorded_of,
+    replace_folder,
+    word_of,
+)
 from eval.grid.grid import AT, MATCHED
 from eval.grid.record import of_method, of_scorer
 from eval.report.main_table import block, names, splice
@@ -79,7 +87,7 @@ def _incomplete(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fau
 def _missing_rows(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
     missing = []
     for cell in [*experiment.reported(experiment.provisional()), *experiment.trajectory_cells()]:
-        row = _of(manifest, cell.family, cell.seed)["rows"].get(cell.row, {})
+        row = recorded_of(manifest, cell.family, cell.seed).get("rows", {}).get(cell.row, {})
         place = f"{cell.family}, seed {cell.seed}: {cell.row}"
         if not {scorer.name for scorer in cell.scorers} <= set(row.get("scores", {})):
             missing.append(place)
@@ -100,18 +108,12 @@ def _settings(experiment: Experiment, row: str) -> list[Mapping[str, Any]]:
 def _missing_gates(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
     missing = []
     for zoo in experiment.own_zoos:
-        found = _of(manifest, zoo.family.name, zoo.seed)["gates"]
+        found = recorded_of(manifest, zoo.family.name, zoo.seed).get("gates", [])
         judged = {gate["name"] for gate in found if gate["measured"] is not None}
         for name in experiment.grid.gates:
             if name not in judged:
                 missing.append(f"{zoo.family.name}, seed {zoo.seed}: gate {name}")
     return missing
-
-
-def _of(manifest: Mapping[str, Any], family: str, seed: int) -> Mapping[str, Any]:
-    nothing: dict[str, Any] = {"rows": {}, "gates": [], "models": {}}
-    found: Mapping[str, Any] = manifest["families"].get(family, {}).get(f"seed {seed}", nothing)
-    return found
 
 
 def _refresh_readme(folder: Path) -> None:

@@ -20,7 +20,7 @@ from alignmerge.engine.store import NotMade
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.cells import Cell
 from eval.grid.experiment import Experiment
-from eval.grid.folders import COMMITTED, committed, read_manifest, word_of
+from eval.grid.folders import COMMITTED, committed, read_manifest, recorded_of, word_of
 from eval.grid.record import of_models, of_rows
 from eval.grid.workers import Failure, Workers
 from eval.scorers.interface import Scorer
@@ -85,7 +85,7 @@ class Verification:
         """The cells that the manifest names, each method with the recorded fields."""
         cells = []
         for zoo in self.experiment.zoos:
-            for row, recorded in recorded_of(self.manifest, zoo)["rows"].items():
+            for row, recorded in recorded_of(self.manifest, zoo.family.name, zoo.seed)["rows"].items():
                 cells.append(self._cell(zoo, row, recorded))
         return cells
 
@@ -97,7 +97,7 @@ class Verification:
             opened, results = {}, []
         found: list[Outcome] = []
         for zoo in self.experiment.zoos:
-            place, there = (zoo.family.name, zoo.seed), recorded_of(self.manifest, zoo)
+            place, there = (zoo.family.name, zoo.seed), recorded_of(self.manifest, zoo.family.name, zoo.seed)
             models = of_models(opened[place][1]) if place in opened else {}
             found += self._compared(zoo, there, {"models": models, "rows": of_rows(results, place)})
         return found
@@ -202,12 +202,6 @@ class Verification:
         return widths.dropna().to_dict()
 
 
-def recorded_of(manifest: Mapping[str, Any], zoo: Zoo) -> dict[str, Any]:
-    """Return what a manifest says of a family with a seed; nothing where it does not name them."""
-    found: dict[str, Any] = manifest["families"].get(zoo.family.name, {}).get(f"seed {zoo.seed}", {})
-    return found
-
-
 def verification_of(experiment: Experiment, results: Path) -> Verification:
     """Find the committed results of an experiment.
 
@@ -223,7 +217,7 @@ def verification_of(experiment: Experiment, results: Path) -> Verification:
     if "statistics" not in manifest:
         allowed = f"one that is made anew: mode=run, then mode=reference experiment={word_of(name)}"
         raise BadRequest.of(str(folder), "was made before digests of scores were recorded", allowed)
-    zoos = [zoo for zoo in experiment.zoos if recorded_of(manifest, zoo)]
+    zoos = [zoo for zoo in experiment.zoos if recorded_of(manifest, zoo.family.name, zoo.seed)]
     if not zoos:
         named = ", ".join(manifest["families"])
         raise BadRequest.of("grid.families", "none with a seed that the manifest names", named)
