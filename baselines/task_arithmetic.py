@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from alignmerge.engine.merger import Block, MergeContext, Merger, Rule, check_range
+from alignmerge.engine.merger import MergeContext, Merger, Rule, check_range, step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +19,4 @@ class TaskArithmetic(Merger):
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Return the rule at once: it needs no data."""
-
-        def rule(block: Block) -> Tensor:
-            total = torch.zeros_like(block.base, dtype=torch.float64)  # the order of the experts drops out
-            for delta in block.deltas:
-                total += delta
-            return (block.base + self.scale * total).float()
-
-        return rule
+        return lambda block: step(block.base, block.pool, self.scale)

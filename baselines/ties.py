@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from alignmerge.engine.checkpoint import row_blocks
-from alignmerge.engine.merger import Block, MergeContext, Merger, Models, Rule, check_choice, check_range
+from alignmerge.engine.loop import blocks
+from alignmerge.engine.merger import (
+    Block,
+    MergeContext,
+    Merger,
+    Models,
+    Rule,
+    check_choice,
+    check_range,
+    flat,
+    total,
+)
 
-Stream = Callable[[], Iterable[Sequence[Tensor]]]  # a pass over the deltas: block by block, all models'
+Counts = Any
+"""Counts as a numpy array: models by buckets."""
+Pass = Callable[[Callable[[Sequence[Tensor]], Counts]], Iterable[Counts]]
+"""A pass over the deltas: what a function makes of each block of all models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,106 +49,158 @@ class Ties(Merger):
         check_range("method.scale", self.scale, 0, 10)
         check_choice("method.variant", self.variant, ("global", "per_tensor"))
 
-    @property
-    def elementwise(self) -> bool:  # type: ignore[override]
-        """Whether row blocks will do: trimming a tensor by itself needs the whole of it."""
-        return self.variant == "global"
-
     def fit(self, ctx: MergeContext) -> Rule:
-        """Find each model's threshold and the global majority sign (three passes over the weights)."""
-        if self.variant == "per_tensor":
-            return self._per_tensor
+        """Find the thresholds: two passes over the weights, and one for the global majority sign."""
         models = ctx.models
+        if self.variant == "per_tensor":
+            found = {name: _cuts_of(models, name, self.density) for name in models.base.views}
+            return lambda block: self._merged(block, found[block.name], 1.0)
         kept = max(1, int(self.density * _parameters(models)))
-        thresholds = kth_largest(lambda: _deltas(models), kept)
-        votes = sum(int(_sum(_trim(deltas, thresholds)).sign().sum()) for deltas in _deltas(models))
+        cuts = [Cut(rank.value) for rank in kth_largest(partial(_pass, models, None), kept)]
+        votes = sum(blocks(models, lambda block: int(elected(_trimmed(block, cuts), 0.0).sum())))
         majority = float((votes > 0) - (votes < 0))
-        ctx.record(thresholds=dict(zip(models.aliases, thresholds, strict=True)), majority_sign=majority)
+        thresholds = dict(zip(models.aliases, (cut.least for cut in cuts), strict=True))
+        ctx.record(thresholds=thresholds, majority_sign=majority)
+        return lambda block: self._merged(block, cuts, majority)
 
-        def rule(block: Block) -> Tensor:
-            trimmed = _trim(block.deltas, thresholds)
-            sign = _sum(trimmed).sign()
-            sign[sign == 0] = majority  # a tied majority is 0: then such a coordinate stays at the base
-            return block.base + self.scale * disjoint_mean(trimmed, sign)
-
-        return rule
-
-    def _per_tensor(self, block: Block) -> Tensor:
-        trimmed = [top_k(delta, max(1, int(self.density * delta.numel()))) for delta in block.deltas]
-        sign = torch.where(_sum(trimmed) >= 0, 1.0, -1.0)
-        return block.base + self.scale * disjoint_mean(trimmed, sign)
+    def _merged(self, block: Block, cuts: Sequence[Cut], majority: float) -> Tensor:
+        trimmed = _trimmed(block, cuts)
+        return block.base + self.scale * disjoint_mean(trimmed, elected(trimmed, majority))
 
 
-def kth_largest(stream: Stream, k: int) -> list[float]:
+class Rank(NamedTuple):
+    """A ``k``-th largest magnitude."""
+
+    value: float
+    kept: int
+    """How many of the entries that equal it are among the ``k`` largest."""
+    equal: int
+    """How many there are."""
+
+
+class Cut(NamedTuple):
+    """What is kept of a delta: magnitudes above ``least``, and those equal to it before place ``end`` of the view."""
+
+    least: float
+    end: float = math.inf
+
+
+def kth_largest(over: Pass, k: int) -> list[Rank]:
     """Return each model's exact ``k``-th largest magnitude over its fp32 blocks, in constant memory.
 
     The bits of non-negative floats sort like the floats: one pass counts their upper halves, a second
     one the lower halves within the bucket that holds rank ``k``.
     """
-    upper = [_rank(counts, k) for counts in _histograms(stream, lambda model, bits: bits >> 16)]
-    lower = _histograms(stream, lambda model, bits: bits[bits >> 16 == upper[model][0]] & 0xFFFF)
-    found = zip(upper, lower, strict=True)
-    bits = [bucket << 16 | _rank(counts, left)[0] for (bucket, left), counts in found]
-    return list(map(float, torch.tensor(bits, dtype=torch.int32).view(torch.float32)))
+    upper = [_rank(counts, k) for counts in _summed(over(_upper_halves))]
+    buckets = [bucket for bucket, _ in upper]
+    lower = _summed(over(partial(_lower_halves, buckets=buckets)))
+    found = []
+    for (bucket, left), counts in zip(upper, lower, strict=True):
+        half, kept = _rank(counts, left)
+        value = np.uint32(bucket << 16 | half).view(np.float32)
+        found.append(Rank(float(value), kept, int(counts[half])))
+    return found
 
 
-def top_k(delta: Tensor, k: int) -> Tensor:
-    """Zero all but the ``k`` entries of largest magnitude; of equal ones the first are kept."""
-    size = delta.abs().flatten()
-    threshold = size.kthvalue(size.numel() - k + 1).values
-    above, tied = size > threshold, size == threshold
-    keep = above | (tied & (tied.cumsum(0) <= k - above.sum()))
-    return torch.where(keep.view_as(delta), delta, 0.0)
+def trim(delta: Tensor, least: float) -> Tensor:
+    """Zero the entries whose magnitude is less than ``least``, an fp32 number."""
+    below = np.nextafter(np.float32(least), np.float32(-1))
+    return torch.nn.functional.hardshrink(delta, float(below))
+
+
+def elected(trimmed: Sequence[Tensor], majority: float) -> Tensor:
+    """Return the sign (-1 or 1, fp32) of each coordinate's sum, ``majority`` where it is 0."""
+    sign = total(trimmed).float().sign()
+    return sign + majority * (1 - sign.abs())
 
 
 def disjoint_mean(trimmed: Sequence[Tensor], sign: Tensor) -> Tensor:
     """Average, per coordinate, the entries whose sign is the elected one (fp32); 0 without any."""
-    agreeing = [torch.where(delta * sign > 0, delta, 0.0) for delta in trimmed]
-    count = torch.stack([delta != 0 for delta in agreeing]).sum(0)
-    return (_sum(agreeing) / count.clamp(min=1)).float()
+    agreeing = [(delta * sign).relu() for delta in trimmed]
+    count = torch.zeros_like(sign)
+    for one in agreeing:
+        count += one.sign()
+    return (total(agreeing) / count.clamp(min=1)).float() * sign
 
 
 def _parameters(models: Models) -> int:
     """Return the number of parameters, without the biases that are zero in every model."""
-    total = 0
+    found = 0
     for name, spec in models.base.items():
         used = (model.read(name).any() for model in (models.base, *models.pool))
         if not name.endswith(".bias") or any(used):
-            total += spec.numel
-    return total
+            found += spec.numel
+    return found
 
 
-def _deltas(models: Models) -> Iterator[list[Tensor]]:
-    for name, spec in models.base.items():
-        for rows in row_blocks(spec.shape):
-            base = models.base.read(name, rows)
-            yield [model.read(name, rows) - base for model in models.pool]
+def _pass(
+    models: Models, names: Sequence[str] | None, count: Callable[[Sequence[Tensor]], Counts]
+) -> Iterator[Counts]:
+    return blocks(models, lambda block: count(block.deltas), names)
 
 
-def _histograms(stream: Stream, bucket: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-    counts: dict[int, Tensor] = {}
-    for deltas in stream():
-        for model, delta in enumerate(deltas):
-            bits = delta.abs().flatten().view(torch.int32)
-            found = torch.bincount(bucket(model, bits), minlength=1 << 16)
-            counts[model] = counts.get(model, 0) + found
-    return list(counts.values())
+def _trimmed(block: Block, cuts: Sequence[Cut]) -> list[Tensor]:
+    start = (block.rows.start or 0) * math.prod(block.base.shape[1:])
+    found = []
+    for delta, (least, end) in zip(block.deltas, cuts, strict=True):
+        kept = trim(delta, least)
+        if end < start + delta.numel():
+            after = max(0, int(end) - start)
+            kept.view(-1)[after:] = torch.nn.functional.hardshrink(delta.view(-1)[after:], least)
+        found.append(kept)
+    return found
 
 
-def _rank(counts: Tensor, k: int) -> tuple[int, int]:
+def _cuts_of(models: Models, name: str, density: float) -> list[Cut]:
+    """Return what is kept of one view: of equal magnitudes the first."""
+    kept = max(1, int(density * math.prod(models.base.views[name].shape)))
+    ranks = kth_largest(partial(_pass, models, [name]), kept)
+    cuts = []
+    for place, rank in enumerate(ranks):
+        split = rank.value > 0 and rank.kept < rank.equal
+        cuts.append(Cut(rank.value, _end(models, name, place, rank) if split else math.inf))
+    return cuts
+
+
+def _end(models: Models, name: str, place: int, rank: Rank) -> int:
+    """Return the place in a view after the last entry of a model of the pool that ``rank`` keeps."""
+
+    def ties(block: Block) -> tuple[slice, Any]:
+        sizes = np.abs(flat(block.pool[place] - block.base))
+        return block.rows, np.flatnonzero(sizes == np.float32(rank.value))
+
+    left, row = rank.kept, math.prod(models.base.views[name].shape[1:])
+    for rows, tied in blocks(models, ties, [name]):
+        if len(tied) >= left:
+            return (rows.start or 0) * row + int(tied[left - 1]) + 1
+        left -= len(tied)
+    raise AssertionError("there are as many as were counted")
+
+
+def _upper_halves(deltas: Sequence[Tensor]) -> Counts:
+    bits = (delta.abs().view(-1).view(torch.int32) for delta in deltas)
+    return np.stack([torch.bincount(one >> 16, minlength=1 << 15).numpy() for one in bits])
+
+
+def _lower_halves(deltas: Sequence[Tensor], buckets: Sequence[int]) -> Counts:
+    found = []
+    for delta, bucket in zip(deltas, buckets, strict=True):
+        bits = flat(delta.abs()).view(np.uint32)
+        inside = bits[bits >> 16 == bucket] & 0xFFFF
+        found.append(np.bincount(inside, minlength=1 << 16))
+    return np.stack(found)
+
+
+def _summed(counts: Iterable[Counts]) -> Counts:
+    each = iter(counts)
+    totals = next(each)
+    for one in each:
+        totals += one
+    return totals
+
+
+def _rank(counts: Any, k: int) -> tuple[int, int]:
     """Return the bucket of the ``k``-th largest value and which rank it has within this bucket."""
-    from_top = counts.flip(0).cumsum(0)
-    bucket = len(counts) - 1 - int((from_top >= k).int().argmax())
+    from_top = counts[::-1].cumsum()
+    bucket = len(counts) - 1 - int(np.argmax(from_top >= k))
     return bucket, k - int(counts[bucket + 1 :].sum())
-
-
-def _trim(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
-    return [torch.where(d.abs() >= least, d, 0.0) for d, least in zip(deltas, thresholds, strict=True)]
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum in fp64, so that the order of the experts does not show."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor in tensors:
-        total += tensor
-    return total

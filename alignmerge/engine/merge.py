@@ -95,5 +95,5 @@ class Merge:
             "---\nlibrary_name: transformers\ntags: [merge, alignmerge]\n---\n"
             f"# {family.name}: {self.merger.name}\n\nMade by the AlignMerge harness.\n{notes}\n"
             f"Inputs:\n\n{inputs}\n\nMethod `{self.merger.name}`:\n\n{fields}\n\n"
-            f"Weights sha256: `{facts['digest']}`\n"
+            f"Weights BLAKE3: `{facts['digest']}`\n"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from threading import local
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,8 +20,12 @@ if TYPE_CHECKING:
     from alignmerge.engine.store import Artifact, Make
 
 
-class Block(NamedTuple):
-    """Rows of one view (a stored tensor, or one of the matrices fused in it) of every model, in fp32."""
+@dataclass(frozen=True)
+class Block:
+    """Rows of one view (a stored tensor, or one of the matrices fused in it) of every model, in fp32.
+
+    Do not write to them: they may be the file itself.
+    """
 
     name: str
     """The view's."""
@@ -36,6 +42,52 @@ class Block(NamedTuple):
     def deltas(self) -> list[Tensor]:
         """Delta_k = theta_k - theta_IT, in pool order."""
         return [theta - self.base for theta in self.pool]
+
+
+class Buffers(local):
+    """fp32 memory of each thread, used again for every block, by the place of the model."""
+
+    def __init__(self, numbers: int) -> None:
+        self.numbers = numbers
+        self._made: dict[int, Tensor] = {}
+
+    def __getitem__(self, place: int) -> Tensor:
+        if place not in self._made:
+            self._made[place] = torch.empty(self.numbers)
+        return self._made[place]
+
+
+class MappedBlock(Block):
+    """A block of checkpoints: a model is read when a rule first asks for it, and never if none does.
+
+    With ``buffers`` its tensors hold until the same thread reads its next block.
+    """
+
+    _models: Models
+    _buffers: Buffers | None
+
+    def __init__(self, models: Models, name: str, rows: slice, buffers: Buffers | None = None) -> None:
+        self.__dict__ |= {"name": name, "rows": rows, "_models": models, "_buffers": buffers}
+
+    @cached_property
+    def base(self) -> Tensor:
+        """theta_IT."""
+        return self._read(self._models.base, 0)
+
+    @cached_property
+    def pool(self) -> Sequence[Tensor]:
+        """The anchor and the experts, in that order."""
+        return [self._read(model, place) for place, model in enumerate(self._models.pool, 2)]
+
+    @cached_property
+    def pretrained(self) -> Tensor | None:
+        """theta_0, where the family has one."""
+        origin = self._models.pretrained
+        return None if origin is None else self._read(origin, 1)
+
+    def _read(self, model: Checkpoint, place: int) -> Tensor:
+        into = None if self._buffers is None else self._buffers[place]
+        return model.read(self.name, self.rows, into=into)
 
 
 Rule = Callable[[Block], Tensor]
@@ -184,26 +236,62 @@ class Merger(ABC):
 
 
 def block_of(models: Models, name: str, rows: slice = slice(None)) -> Block:
-    """Read rows of one view of every model."""
-    pool = [checkpoint.read(name, rows) for checkpoint in models.pool]
-    pretrained = models.pretrained.read(name, rows) if models.pretrained is not None else None
-    return Block(name, rows, models.base.read(name, rows), pool, pretrained)
+    """Return rows of one view of every model; they are read when they are asked for."""
+    return MappedBlock(models, name, rows)
 
 
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Return the weighted mean of equally shaped tensors (uniform, or with weights that sum to 1).
+    """Return the fp32 mean of equally shaped tensors (uniform, or with weights that sum to 1).
 
-    Summed in float64, and divided last where the weights are uniform, so that the order of the tensors does
-    not change the fp32 result.
+    It is summed, and divided where the weights are uniform, in float64. A uniform sum of fp32 values is exact, and
+    their order drops out, wherever the largest magnitude that meets at a coordinate is at most 2^25 times the
+    least one that is not zero (up to 16 models; bf16 values: 2^41 times).
     """
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    if weights is None:
-        for tensor in tensors:
-            total += tensor
-        return (total / len(tensors)).float()
-    for weight, tensor in zip(weights, tensors, strict=True):
-        total += weight * tensor.double()
-    return total.float()
+    if weights is None and (fused := _fused(tensors)):
+        merged = torch.empty_like(tensors[0])
+        fused.mean_into(flat(merged), tuple(map(flat, tensors)))
+        return merged
+    return (total(tensors, weights) / (len(tensors) if weights is None else 1)).float()
+
+
+def step(base: Tensor, pool: Sequence[Tensor], scale: float) -> Tensor:
+    """Return base + scale * sum_k (pool_k - base): differences in fp32, the rest in float64, rounded once to fp32."""
+    if fused := _fused([base, *pool]):
+        merged = torch.empty_like(base)
+        fused.step_into(flat(merged), flat(base), tuple(map(flat, pool)), scale)
+        return merged
+    return (base + scale * total([theta - base for theta in pool])).float()
+
+
+def total(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Return the (weighted) sum of equally shaped tensors in float64: new memory."""
+    doubles = (tensor.to(torch.float64, copy=True) for tensor in tensors)
+    if weights is not None:
+        doubles = (one.mul_(weight) for one, weight in zip(doubles, weights, strict=True))
+    summed = next(doubles)
+    for one in doubles:
+        summed += one
+    return summed
+
+
+def flat(tensor: Tensor) -> Any:
+    """Return the numbers of a contiguous tensor as a flat numpy array that shares its memory."""
+    return tensor.detach().view(-1).numpy()
+
+
+def _fused(tensors: Sequence[Tensor]) -> Any:
+    """Return the compiled loops if they can take these tensors, else None: torch's operations do the same."""
+    plain = all(one.dtype == torch.float32 and one.is_cpu and one.is_contiguous() for one in tensors)
+    return _compiled() if plain else None
+
+
+@cache
+def _compiled() -> Any:
+    try:
+        from alignmerge.engine import fused
+    except ImportError:  # no numba for this Python or CPU
+        return None
+    return fused
 
 
 def check_range(key: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

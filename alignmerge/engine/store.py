@@ -22,7 +22,7 @@ from alignmerge.engine.manifest import provenance
 Make = Callable[[Path], Mapping[str, Any] | None]
 """Fills a folder and returns facts about it, if there are any."""
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the meaning of a stage changes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from alignmerge.engine.checkpoint import load_tensors, save_tensors
+from alignmerge.engine.checkpoint import Checkpoint, save_tensors
 from alignmerge.engine.loop import merge
 from alignmerge.engine.merger import Merger, Models
 from baselines.average import Average
@@ -31,7 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         save_tensors(
             folder, {f"w{i:02d}": torch.randn(ROWS, COLUMNS, generator=generator) for i in range(TENSORS)}
         )
-        opened.append(load_tensors(folder))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+        opened.append(Checkpoint.open(folder, f"model {seed}"))
     return Models(opened[0], opened[1], {"a": opened[2], "b": opened[3]})
 
 

@@ -47,6 +47,7 @@ SIZES = {
     "0.5M": Size(3000, 64, 3, 2, 1, 128, tied=False, examples=96),  # the tiny tier's shape, with more words
     "135M": Size(49152, 576, 30, 9, 3, 1536, tied=True, examples=96),  # SmolLM2-135M
     "1.24B": Size(128256, 2048, 16, 32, 8, 8192, tied=True, examples=16),  # Llama-3.2-1B
+    "3B": Size(128256, 3072, 28, 24, 8, 8192, tied=True, examples=16),  # Llama-3.2-3B
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -56,7 +56,7 @@ def plain_digest(tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name]
         text += f"{name}|{codes[tensor.dtype]}|{list(tensor.shape)}|".encode()
         text += bytes(tensor.reshape(-1).view(torch.uint8).tolist())
-    return hashlib.sha256(text).hexdigest()
+    return blake3(text).hexdigest()
 
 
 def model_folder(folder: Path, tensors: dict[str, Tensor] | None = None, shards: int = 1) -> Path:

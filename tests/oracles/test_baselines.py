@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import alignmerge.fisher
 import alignmerge.pool
 import baselines.fisher_soup
 import baselines.ties
-from alignmerge.engine.checkpoint import Checkpoint, load_tensors, row_blocks, save_tensors
+from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from alignmerge.engine.examples import Example
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.loop import merge
+from alignmerge.engine.loop import blocks, merge
 from alignmerge.engine.merger import EVERY_OWN, Block, Merger, Models, Rule, own
 from alignmerge.engine.store import Artifact, Store
 from alignmerge.engine.validation import read_headers
@@ -227,7 +228,7 @@ def test_rules_are_pure(bench: Bench, method: Merger) -> None:
 
 
 def test_what_methods_say_of_themselves() -> None:
-    assert Ties().elementwise and not Ties(variant="per_tensor").elementwise
+    assert all(method.elementwise for method in METHODS)
     read = [method.inputs.examples for method in METHODS if method.inputs.examples]
     assert read == [("metric",), (EVERY_OWN,)]
     assert FisherSoup().inputs.seed and not any(method.inputs.seed for method in METHODS)
@@ -386,15 +387,19 @@ def test_streamed_threshold_is_exact(values: list[tuple[float, float]], data: st
     k = data.draw(st.integers(1, size))
     block = data.draw(st.integers(1, size))
     models = torch.tensor(values, dtype=torch.float32).T.contiguous()
-    found = kth_largest(lambda: ([model[i : i + block] for model in models] for i in range(0, size, block)), k)
-    assert found == [float(model.abs().kthvalue(size - k + 1).values) for model in models]
+    parts = [[model[i : i + block] for model in models] for i in range(0, size, block)]
+    for rank, model in zip(kth_largest(lambda count: map(count, parts), k), models, strict=True):
+        sizes = model.abs().sort(descending=True).values
+        assert rank.value == float(sizes[k - 1])
+        assert rank.kept == int((sizes[:k] == sizes[k - 1]).sum())
+        assert rank.equal == int((sizes == sizes[k - 1]).sum())
 
 
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.9, 1.0])
 def test_threshold_over_several_tensors_in_small_blocks(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, density: float
 ) -> None:
-    monkeypatch.setattr(baselines.ties, "row_blocks", lambda shape: row_blocks(shape, 5))
+    monkeypatch.setattr(baselines.ties, "blocks", partial(blocks, block_elements=5))
     models = bench.random(torch.bfloat16)
     ctx = bench.context(models)
     Ties(density=density).fit(ctx)
