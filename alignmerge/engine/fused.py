@@ -1,6 +1,8 @@
 """Sums of several models in one pass over each, compiled: what ``merger.total`` and ``average`` say in torch's words.
 
-Every operation is a single IEEE one in the same order as there, so both give the same bits on every CPU.
+Every operation is a single IEEE one in the same order as there, so both give the same bits on every CPU: no fast
+math, no product fused with a sum. ``kernels.fix`` names the instructions that are compiled for; numba keeps the code
+beside this file (or in its own cache), under a key that holds that name, so that no other CPU runs it.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ and numpy are imported: afterwards the switches have no effect.
 from __future__ import annotations
 
 import os
+import platform
 
 FIXED = {
     "ATEN_CPU_CAPABILITY": "avx2",  # torch's own vectorised loops
@@ -16,6 +17,11 @@ FIXED = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
 }
 """Environment variable -> the value that fixes the code path of a library."""
+if platform.machine().lower() in ("x86_64", "amd64"):
+    FIXED |= {
+        "NUMBA_CPU_NAME": "x86-64-v3",
+        "NUMBA_CPU_FEATURES": "-fma",
+    }  # AVX2; a product is rounded, then a sum
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Sums of several threads depend on their number: models use ``family.threads`` threads of torch's own."""
 

@@ -289,7 +289,7 @@ def _fused(tensors: Sequence[Tensor]) -> Any:
 def _compiled() -> Any:
     try:
         from alignmerge.engine import fused
-    except ImportError:  # no numba for this Python or CPU
+    except (ImportError, RuntimeError):  # no numba for this Python or CPU, or no place for what it compiles
         return None
     return fused
 

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from alignmerge.engine.merger import Block, average, step
+from baselines.ties import Cut, Ties
+
 
 def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
@@ -41,6 +44,13 @@ def main() -> None:
         "eigenvectors": torch.linalg.eigh(symmetric).eigenvectors,
         "float64 matmul": a.double() @ b.double(),
         "randn": torch.randn(1000, generator=normal),
+    }
+    base, *pool = torch.randn(4, 5000, generator=normal)
+    block, cuts = Block("w", slice(None), base, pool), [Cut(0.3), Cut(1.0), Cut(0.0)]
+    found |= {
+        "average": average(pool),
+        "step": step(base, pool, 0.7),
+        "ties": Ties(scale=0.7)._merged(block, cuts, 1.0),
     }
     for name, tensor in found.items():
         print(name, digest(tensor.numpy()))

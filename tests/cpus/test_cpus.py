@@ -23,13 +23,26 @@ from alignmerge.engine.merger import Block
 from baselines.average import Average
 from baselines.interpolate import Interpolate
 from baselines.task_arithmetic import TaskArithmetic
+from baselines.ties import Cut, Ties
 from tests.cpus.operations import digest
 normal = np.random.default_rng(0)  # torch's own normal numbers depend on the path
 for shape in ((7,), (33, 65), (512, 1030)):
     base, *pool = torch.from_numpy(normal.standard_normal((4, *shape), dtype=np.float32))
+    block = Block("w", slice(None), base, pool)
     for method in (Average(), Interpolate(t=0.3), TaskArithmetic(scale=0.7)):
-        print(method.name, shape, digest(method.fit(None)(Block("w", slice(None), base, pool)).numpy()))
+        print(method.name, shape, digest(method.fit(None)(block).numpy()))
+    print("ties", shape, digest(Ties(scale=0.7)._merged(block, [Cut(0.3), Cut(1.0), Cut(0.0)], 1.0).numpy()))
 print(torch.backends.cpu.get_cpu_capability())
+"""
+CODE = """
+import numpy as np
+from alignmerge.engine import fused
+out, base, one, other = np.ones((4, 9), np.float32)
+fused.mean_into(out, (one, other))
+fused.step_into(out, base, (one, other), 0.5)
+code = [*fused.mean_into.inspect_asm().values(), *fused.step_into.inspect_asm().values()]
+products = any("vfmadd" in one or "vfmsub" in one or "vfnmadd" in one for one in code)
+print(f"fused products: {products}, 512 bits: {any('zmm' in one for one in code)}")
 """
 
 
@@ -47,8 +60,19 @@ def test_elementwise_merges_are_equal_on_every_kernel_path() -> None:
         run(sys.executable, "-c", MERGE, ATEN_CPU_CAPABILITY=path) for path in ("default", "avx2", "avx512")
     ]
     merged = [text.splitlines()[:-1] for text in found]
-    assert merged[0] == merged[1] == merged[2] and len(merged[0]) == 9
+    assert merged[0] == merged[1] == merged[2] and len(merged[0]) == 12
     assert len({text.splitlines()[-1] for text in found}) >= 2  # the paths are others indeed
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="elsewhere nothing is fixed")
+def test_compiled_code_fuses_no_product_with_a_sum_and_needs_no_more_than_avx2(tmp_path: Path) -> None:
+    """Code for another CPU fuses none either; the cache keeps the two apart."""
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    fixed = "from alignmerge.engine.kernels import fix; fix()\n"
+    assert run(sys.executable, "-c", fixed + CODE, **kept) == "fused products: False, 512 bits: False\n"
+    assert len(list(tmp_path.rglob("fused.mean_into*.nbc"))) == 1
+    assert "fused products: False" in run(sys.executable, "-c", CODE, NUMBA_CPU_NAME="skylake-avx512", **kept)
+    assert len(list(tmp_path.rglob("fused.mean_into*.nbc"))) == 2
 
 
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user (make test-cpus installs it)")
@@ -58,7 +82,7 @@ def test_operations_are_equal_on_an_emulated_intel() -> None:
     script = ("-m", "tests.cpus.operations")
     native = run(python, *script, PYTHONPATH=path)
     assert run("qemu-x86_64", "-cpu", "Haswell", python, *script, PYTHONPATH=path) == native
-    assert len(native.splitlines()) == 20
+    assert len(native.splitlines()) == 23
 
 
 def test_digests_are_those_that_were_committed() -> None:
