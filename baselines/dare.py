@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from alignmerge.engine.merger import Block, Inputs, MergeContext, Merger, Rule, check_choice, check_range
+from alignmerge.engine.merger import (
+    Block,
+    Inputs,
+    MergeContext,
+    Merger,
+    Rule,
+    by_rows,
+    check_choice,
+    check_range,
+)
 from alignmerge.engine.seeding import torch_stream
 from alignmerge.pool import pool_weights
 
@@ -18,7 +29,7 @@ class Dare(Merger):
     """theta = theta_IT + scale * sum_k w_k m_k * Delta_k / (1 - drop), each m_k ~ Bernoulli(1 - drop)."""
 
     name: ClassVar[str] = "dare"
-    elementwise: ClassVar[bool] = False  # a mask is drawn for a whole tensor: the same in blocks of any size
+    elementwise: ClassVar[bool] = False  # a mask is drawn for a whole tensor, row by row: in order
     drop: float = 0.5
     """p in the paper: the share of each delta that is dropped."""
     scale: float = 1.0
@@ -43,13 +54,18 @@ class Dare(Merger):
         weights = pool_weights(ctx, self.weights) or dict.fromkeys(aliases, 1 / len(aliases))
         ctx.record(weights=weights)
         seed, digests = ctx.seed, [model.digest for model in ctx.models.pool]
+        streams: list[torch.Generator] = []
 
         def rule(block: Block) -> Tensor:
-            total = torch.zeros_like(block.base, dtype=torch.float64)
-            for delta, digest, weight in zip(block.deltas, digests, weights.values(), strict=True):
-                stream = torch_stream(seed, "dare", digest, block.name)
-                kept = torch.rand(delta.shape, generator=stream) >= self.drop
-                total += weight * kept * delta.double()
-            return (block.base + self.scale / (1 - self.drop) * total).float()
+            if not block.rows.start:  # a tensor begins
+                streams[:] = [torch_stream(seed, "dare", digest, block.name) for digest in digests]
+            return by_rows(partial(self._merged, list(weights.values()), streams), block)
 
         return rule
+
+    def _merged(self, weights: Sequence[float], streams: Sequence[torch.Generator], block: Block) -> Tensor:
+        total = torch.zeros_like(block.base, dtype=torch.float64)
+        for delta, weight, stream in zip(block.deltas, weights, streams, strict=True):
+            kept = torch.rand(delta.shape, generator=stream) >= self.drop
+            total += weight * kept * delta.double()
+        return (block.base + self.scale / (1 - self.drop) * total).float()

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import Block, MergeContext, Merger, Models, Rule, average, check_range
+from alignmerge.engine.merger import (
+    Block,
+    MergeContext,
+    Merger,
+    Models,
+    Rule,
+    average,
+    block_of,
+    by_rows,
+    check_range,
+)
+from alignmerge.engine.views import is_matrix
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -84,11 +96,20 @@ def lowest(cosines: list[float], fraction: float) -> float:
 def _cosines(models: Models, origin: Checkpoint) -> dict[str, float]:
     cosines = {}
     for name, view in models.base.views.items():
-        if len(view.shape) == 2 and "embed" not in name and "lm_head" not in name:
-            base = models.base.read(name)
-            delta = average([expert.read(name) - base for expert in models.experts.values()])
-            cosines[name] = subspace_cosine(base - origin.read(name), delta)  # the sign of V cancels
+        if is_matrix(name, view.shape):
+            block = block_of(models, name)
+            moved = partial(_moved, origin)  # by the alignment, the other way round: the sign of V cancels
+            cosines[name] = subspace_cosine(by_rows(moved, block), by_rows(_mean, block))
     return cosines
+
+
+def _moved(origin: Checkpoint, block: Block) -> Tensor:
+    return block.base - origin.read(block.name, block.rows)
+
+
+def _mean(block: Block) -> Tensor:
+    """Return the mean delta of the experts."""
+    return average(block.deltas[1:])
 
 
 def _quantiles(cosines: list[float]) -> dict[str, float]:

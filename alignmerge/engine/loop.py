@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignmerge.engine.checkpoint import BLOCK_ELEMENTS, Writer, rounded, row_blocks
 from alignmerge.engine.merger import Block, Buffers, MappedBlock, Models, Rule
+from alignmerge.engine.views import is_matrix
 
 PIECE_ELEMENTS = 1 << 22
 """How many numbers are rounded before they are hashed and written at one go."""
@@ -51,13 +52,13 @@ def merge(
 
     The rule is handed views; what comes back is written as the base stores it. Blocks of elementwise rules are
     merged by ``workers`` threads (None: one a core), while this one hashes and writes. Neither their number nor
-    the size of blocks changes a bit. Raises BadRequest if what the rule reads is not finite, ArithmeticError if it
+    the size of blocks changes a bit. Other rules are handed the matrices of decoder layers whole. Raises BadRequest if what the rule reads is not finite, ArithmeticError if it
     yields a value that is not finite or of another shape.
     """
     base = models.base
     specs = {name: (spec.dtype, spec.shape) for name, spec in base.items()}
     keep_memory()
-    pieces = _pieces(models, block_elements) if elementwise else _whole(models)
+    pieces = _pieces(models, block_elements, whole=not elementwise)
     buffers = _buffers(models, block_elements) if elementwise else None
     work = partial(_merged_piece, rule, models, buffers)
     merged = in_order(work, pieces, workers if elementwise else 1)
@@ -122,20 +123,18 @@ def keep_memory() -> None:
         mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def _pieces(models: Models, block_elements: int) -> Iterator[Piece]:
-    """Cut every view, in the order in which they are stored, into blocks, and gather these."""
+def _pieces(models: Models, block_elements: int, *, whole: bool) -> Iterator[Piece]:
+    """Cut every view, in the order in which they are stored, into blocks, and gather these.
+
+    ``whole``: the matrices of decoder layers are not cut.
+    """
     for name in models.base:
         for view in models.base.parts(name):
-            found = row_blocks(models.base.views[view].shape, block_elements)
+            shape = models.base.views[view].shape
+            found = [slice(None)] if whole and is_matrix(view, shape) else row_blocks(shape, block_elements)
             step = max(1, PIECE_ELEMENTS // block_elements)
             for first in range(0, len(found), step):
                 yield Piece(name, view, found[first : first + step])
-
-
-def _whole(models: Models) -> Iterator[Piece]:
-    for name in models.base:
-        for view in models.base.parts(name):
-            yield Piece(name, view, [slice(None)])
 
 
 def _buffers(models: Models, block_elements: int) -> Buffers:

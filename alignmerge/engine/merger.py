@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from threading import local
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 
-from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.checkpoint import Checkpoint, row_blocks
 from alignmerge.engine.faults import BadRequest
 
 if TYPE_CHECKING:
@@ -39,9 +39,45 @@ class Block:
     """theta_0, where the family has one."""
 
     @property
-    def deltas(self) -> list[Tensor]:
+    def deltas(self) -> Sequence[Tensor]:
         """Delta_k = theta_k - theta_IT, in pool order."""
         return [theta - self.base for theta in self.pool]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of these rows."""
+        return tuple(self.base.shape)
+
+    def part(self, rows: slice) -> Block:
+        """Return some of these rows."""
+        origin = None if self.pretrained is None else self.pretrained[rows]
+        return Block(self.name, self._inside(rows), self.base[rows], [theta[rows] for theta in self.pool], origin)
+
+    def _inside(self, rows: slice) -> slice:
+        """Return which rows of the view some of these rows are."""
+        first = self.rows.start or 0
+        return slice(first + rows.start, first + rows.stop)
+
+
+class Each(Sequence[Tensor]):
+    """Tensors that are made when they are asked for, each time anew: one need not wait in memory for another."""
+
+    def __init__(self, make: Callable[[int], Tensor], numbers: Sequence[int]) -> None:
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Each: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | Each:
+        if isinstance(place, slice):
+            return Each(self._make, self._numbers[place])
+        return self._make(self._numbers[place])
 
 
 class Buffers(local):
@@ -60,7 +96,8 @@ class Buffers(local):
 class MappedBlock(Block):
     """A block of checkpoints: a model is read when a rule first asks for it, and never if none does.
 
-    With ``buffers`` its tensors hold until the same thread reads its next block.
+    With ``buffers`` its tensors hold until the same thread reads its next block. Without, the models of the pool
+    are not kept: each is read when it is asked for.
     """
 
     _models: Models
@@ -77,13 +114,32 @@ class MappedBlock(Block):
     @cached_property
     def pool(self) -> Sequence[Tensor]:
         """The anchor and the experts, in that order."""
-        return [self._read(model, place) for place, model in enumerate(self._models.pool, 2)]
+        each = Each(self._theta, range(len(self._models.pool)))
+        return each if self._buffers is None else list(each)
+
+    @property
+    def deltas(self) -> Sequence[Tensor]:
+        """Delta_k = theta_k - theta_IT, in pool order."""
+        return Each(lambda number: self.pool[number] - self.base, range(len(self._models.pool)))
 
     @cached_property
     def pretrained(self) -> Tensor | None:
         """theta_0, where the family has one."""
         origin = self._models.pretrained
         return None if origin is None else self._read(origin, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of these rows."""
+        whole = self._models.base.views[self.name].shape
+        return (len(range(*self.rows.indices(whole[0]))), *whole[1:]) if whole else ()
+
+    def part(self, rows: slice) -> Block:
+        """Return some of these rows."""
+        return MappedBlock(self._models, self.name, self._inside(rows), self._buffers)
+
+    def _theta(self, number: int) -> Tensor:
+        return self._read(self._models.pool[number], number + 2)
 
     def _read(self, model: Checkpoint, place: int) -> Tensor:
         into = None if self._buffers is None else self._buffers[place]
@@ -210,7 +266,8 @@ class Merger(ABC):
     version: ClassVar[int] = 1
     """Part of the key: raise it when the mathematics changes."""
     elementwise: ClassVar[bool] = True
-    """Whether the rule may be fed row blocks; otherwise it gets whole tensors."""
+    """Whether the rule may be fed row blocks in any order, by several threads. Otherwise one thread feeds it: the
+    matrices of decoder layers whole, row blocks of everything else in order."""
 
     @property
     def inputs(self) -> Inputs:
@@ -240,6 +297,16 @@ def block_of(models: Models, name: str, rows: slice = slice(None)) -> Block:
     return MappedBlock(models, name, rows)
 
 
+def by_rows(rule: Rule, block: Block) -> Tensor:
+    """Return what an elementwise rule makes of a block, cut into cache-sized ones: no model is in memory whole."""
+    if not block.shape:
+        return rule(block)
+    merged = torch.empty(block.shape)
+    for rows in row_blocks(block.shape):
+        merged[rows] = rule(block.part(rows))
+    return merged
+
+
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Return the fp32 mean of equally shaped tensors (uniform, or with weights that sum to 1).
 
@@ -247,6 +314,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     their order drops out, wherever the largest magnitude that meets at a coordinate is at most 2^25 times the
     least one that is not zero (up to 16 models; bf16 values: 2^41 times).
     """
+    tensors = list(tensors)
     if weights is None and (fused := _fused(tensors)):
         merged = torch.empty_like(tensors[0])
         fused.mean_into(flat(merged), tuple(map(flat, tensors)))
@@ -256,6 +324,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
 
 def step(base: Tensor, pool: Sequence[Tensor], scale: float) -> Tensor:
     """Return base + scale * sum_k (pool_k - base): differences in fp32, the rest in float64, rounded once to fp32."""
+    pool = list(pool)
     if fused := _fused([base, *pool]):
         merged = torch.empty_like(base)
         fused.step_into(flat(merged), flat(base), tuple(map(flat, pool)), scale)

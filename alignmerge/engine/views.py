@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_VOCABULARY = re.compile("embed|lm_head")
 VERSION = 1
 """Part of the key of all that is made from fused tensors: raise it when the views change."""
 FUSED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -25,6 +26,11 @@ class View(NamedTuple):
     first: int
     """The first of its rows."""
     shape: tuple[int, ...]
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Say whether a view is a linear weight of a decoder layer: not an embedding, not the output matrix."""
+    return len(shape) == 2 and not _VOCABULARY.search(name)
 
 
 def layer_of(name: str) -> int | None:

@@ -149,22 +149,30 @@ from alignmerge.engine.checkpoint import load_tensors
 from alignmerge.engine.loop import merge
 from alignmerge.engine.merger import Models
 from baselines.average import Average
+from baselines.dare import Dare
+from baselines.safemerge import SafeMerge
 from baselines.task_arithmetic import TaskArithmetic
 from baselines.ties import Ties
+
+class Whole(Average):
+    elementwise = False  # fed as AlignMerge is
 
 folder, rows, columns = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 model = folder / "model"
 model.mkdir()
-size = 2 * rows * columns
-entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}
-header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+entries, size = {}, 0
+for name, height in (("model.embed_tokens.weight", rows), ("model.layers.0.mlp.up_proj.weight", 4 * columns)):
+    end = size + 2 * height * columns
+    entries[name] = {"dtype": "BF16", "shape": [height, columns], "data_offsets": [size, end]}
+    size = end
+header = json.dumps(entries).encode()
 header += b" " * (-len(header) % 8)
 with (model / "model.safetensors").open("wb") as file:
     file.write(struct.pack("<Q", len(header)) + header)
     file.truncate(8 + len(header) + size)  # a hole: zeros that take no disk
-one = load_tensors(model)
+one = load_tensors(model).known_as("zeros")
 models = Models(one, one, {"a": one, "b": one})
-ctx = SimpleNamespace(models=models, record=lambda **facts: None)
+ctx = SimpleNamespace(models=models, seed=0, record=lambda **facts: None)
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -176,10 +184,11 @@ def watch():
         peak[0] = max(peak[0], anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-for method in (Average(), TaskArithmetic(), Ties(), Ties(variant="per_tensor")):
+streamed = [Average(), TaskArithmetic(), Ties(), Ties(variant="per_tensor")]
+for method in [*streamed, Whole(), Dare(), SafeMerge()]:
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    merge(method.fit(ctx), models, out)
+    merge(method.fit(ctx), models, out, elementwise=method.elementwise)
 done.set()
 watcher.join()
 print(peak[0] // 1024)
