@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,7 +19,8 @@ Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 READERS = ("sentencepiece", "tiktoken", "protobuf")
 """Optional packages that read tokenizers which have no tokenizer.json."""
-THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
+DECODING = 3
+"""Version of how replies are decoded: part of the key of whatever is made of them."""
 
 
 def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False) -> Any:
@@ -117,11 +117,6 @@ def plain_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
         model.generation_config = usual
 
 
-def without_thought(reply: str) -> str:
-    """Return a reply without the thought that it begins with: ``<think>...</think>``, or all if it is not closed."""
-    return THOUGHT.sub("", reply, count=1) if THOUGHT.match(reply) else reply
-
-
 @torch.inference_mode()
 def greedy(
     model: Any,
@@ -140,17 +135,17 @@ def greedy(
     replies: list[tuple[str, bool]] = [("", False)] * len(rendered)
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
     ends = set(end_tokens(model, tokenizer))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = tokenizer([rendered[i] for i in chosen], **padded)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with plain_decoding(model, tokenizer):
+    with plain_decoding(model, tokenizer):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = tokenizer([rendered[i] for i in chosen], **padded)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
             out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
-        for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            said = list(takewhile(lambda token: token not in ends, tokens))
-            text = tokenizer.decode(said, skip_special_tokens=True).strip()
-            replies[i] = (text, len(said) == len(tokens))
-        progress(min(start + batch_size, len(order)), len(order))
+            for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+                said = list(takewhile(lambda token: token not in ends, tokens))
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                replies[i] = (text, len(said) == len(tokens))
+            progress(min(start + batch_size, len(order)), len(order))
     return replies
 
 

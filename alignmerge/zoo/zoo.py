@@ -16,7 +16,15 @@ from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.folder import CONFIG, INDEX
 from alignmerge.engine.keys import computed_here
-from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, save_model, threads
+from alignmerge.engine.language import (
+    DECODING,
+    Progress,
+    greedy,
+    load_model,
+    load_tokenizer,
+    save_model,
+    threads,
+)
 from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.engine.merger import Models, Probes
 from alignmerge.engine.progress import silent
@@ -147,7 +155,7 @@ class Zoo:
         """The lesson folder: training sets, the alignment set and the metric set."""
         recipe: dict[str, Any] = {"version": lessons.VERSION, "seed": self.seed}
         if lessons.distilled(self.prompts.path):
-            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS}
+            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS, "decoding": DECODING}
             recipe |= {"dtype": self.family.dtype, "batch_size": self.family.batch_size}
             recipe |= computed_here(self.family)
         recipe["prompts"] = {}
