@@ -13,7 +13,7 @@ import torch
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.folder import VOCABULARY, vocabulary_file
+from alignmerge.engine.folder import TOKENIZER_CONFIG, VOCABULARY, vocabulary_file
 
 Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -45,25 +45,33 @@ def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False)
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, template: str | None = None) -> Any:
     """Load the tokenizer of a folder as it is written; a missing pad token becomes the end-of-sequence token.
 
-    A folder that names no class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would
-    keep the vocabulary alone and silently put its own rules in place of those of ``tokenizer.json``. Raises
-    BadRequest if there is no tokenizer, if it cannot be read, or if it has no end token.
+    ``template`` replaces the folder's default chat template, and none under another name. A folder that names no
+    class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would keep the vocabulary
+    alone and silently put its own rules in place of those of ``tokenizer.json``. Raises BadRequest if there is
+    no tokenizer, if it cannot be read, or if it has no end token.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
-    loader = PreTrainedTokenizerFast if named in GENERIC_TOKENIZERS else AutoTokenizer
+    loader = PreTrainedTokenizerFast if is_generic(folder) else AutoTokenizer
     tokenizer = _read_tokenizer(loader, folder)
     if tokenizer.eos_token_id is None:
         raise BadRequest.of(f"tokenizer of {folder}", "no end token", "an eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        named = tokenizer.chat_template
+        tokenizer.chat_template = {**named, "default": template} if isinstance(named, dict) else template
     return tokenizer
+
+
+def is_generic(folder: Path) -> bool:
+    """Tell whether the tokenizer of a folder is of no family's own class: tokenizer.json alone says what it does."""
+    config = folder / TOKENIZER_CONFIG
+    return config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in GENERIC_TOKENIZERS
 
 
 def _read_tokenizer(loader: Any, folder: Path) -> Any:

@@ -63,9 +63,7 @@ class StoreSubject:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from alignmerge.engine.language import load_tokenizer
-
-        return load_tokenizer(self.folder)
+        return self.zoo.tokenizer(self.folder)
 
     def prompts(self, name: str) -> Sequence[Prompt]:
         """Return a prompt set of this split.

@@ -104,7 +104,9 @@ def test_a_leading_thought_is_left_out(reply: str, said: str) -> None:
     assert checks.without_thought(reply) == said
 
 
-@pytest.mark.parametrize("path", sorted(Path(checks.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(checks.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_no_stop_word_of_a_task_acts_within_a_thought(path: Path) -> None:
     """lm-eval would cut the reply at the first line end of the thought."""
     task = path.read_text()
