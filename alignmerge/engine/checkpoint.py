@@ -56,6 +56,8 @@ class Checkpoint(UserDict[str, TensorSpec]):
         refuse(faults)
         self.views: dict[str, View] = dict(sorted(views.items()))
         """View name -> where it is stored, sorted by name."""
+        self.template: str | None = None
+        """The chat template that stands in for the folder's own, if any."""
         self._open: dict[Path, Any] = {}
         self._mapped: dict[str, Tensor] = {}
 
@@ -164,21 +166,30 @@ class Checkpoint(UserDict[str, TensorSpec]):
     @cached_property
     def companions(self) -> dict[str, str]:
         """What stands for the files beside the weights: digests of tokenizer files and generation config."""
-        return companion_digests(self.folder)
+        return companion_digests(self.folder, self.template)
 
     def known_as(self, digest: str) -> Self:
         """Take a digest that was recorded when the weights were written; they need not be read for it."""
         self.__dict__["digest"] = digest
         return self
 
+    def speaking(self, template: str | None) -> Self:
+        """Let another chat template take the place of the folder's own; None: keep that."""
+        self.template = template
+        self.__dict__.pop("companions", None)
+        return self
+
     def furnish(self, folder: Path) -> None:
-        """Copy config.json (without a pointer to remote code) and tokenizer files into ``folder``."""
+        """Copy config.json (without a pointer to remote code) and tokenizer files into ``folder``.
+
+        The chat template is the one that this checkpoint speaks.
+        """
         config = dict(self.config)
         if config.pop("auto_map", None) is None:
             shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
         else:
             (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(self.folder, folder)
+        copy_companions(self.folder, folder, self.template)
 
 
 class Writer:

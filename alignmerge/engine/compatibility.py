@@ -1,6 +1,6 @@
 """What a merge will meet, from headers alone: every conflict at once, before any weight is read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def differing_settings(base: Checkpoint, other: Checkpoint) -> dict[str, tuple[A
         if ours.get(key) != theirs.get(key):
             found[key] = ours.get(key), theirs.get(key)
     return found
+
+
+def allowed_differences(base: Checkpoint, pool: Iterable[Checkpoint]) -> list[str]:
+    """Return a line for each setting in which a model that is merged differs from the base: ``ALLOW`` names it."""
+    lines = []
+    for other in pool:
+        for setting, (wanted, given) in differing_settings(base, other).items():
+            told = f"{setting} is {_plain(given)}; the merge has the base's, {_plain(wanted)} ({ALLOW})"
+            lines.append(f"{other.where}: {told}")
+    return lines
 
 
 def _settings(base: Checkpoint, other: Checkpoint, allowed: Collection[str]) -> list[Fault]:

@@ -86,7 +86,7 @@ def render(tokenizer: Any, prompt: str, date: str = DATE) -> str:
     with _today(day):
         try:
             return str(fill(turn, tokenize=False, add_generation_prompt=True, date_string=shown))
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
             given = f"the template of {tokenizer.name_or_path} says: {error}"
             raise BadRequest.of(TEMPLATE, given, "one that takes a single user turn") from error
 

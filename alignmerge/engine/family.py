@@ -44,7 +44,7 @@ class Family:
     """Intra-op threads of one job: fixed, so that numbers do not depend on how many jobs run side by side."""
     max_length: int = 1024
     chat_template: str | None = None
-    """Replaces the template of a converted base (None: keep its own)."""
+    """Replaces the chat template of every model (None: each keeps its own); merges carry it."""
     date: str = DATE
     """The day (YYYY-MM-DD) that a chat template which inserts one is given."""
     recipes: Mapping[str, Any] = field(default_factory=dict)

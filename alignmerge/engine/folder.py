@@ -20,6 +20,7 @@ TOKENIZER = (
     "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """The tokenizer with its chat templates, as patterns: the one list of what is fetched, copied, hashed."""
+TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files that hold a vocabulary, in the order in which transformers looks for them."""
 OF_TEXTS = (
@@ -81,16 +82,44 @@ def vocabulary_digest(folder: Path) -> str:
     return _sha256(found)
 
 
-def companion_digests(folder: Path) -> dict[str, str]:
-    """Return the digests of the tokenizer and of the generation config."""
-    return {"tokenizer": tokenizer_digest(folder), "generation": generation_digest(folder)}
+def companion_digests(folder: Path, template: str | None = None) -> dict[str, str]:
+    """Return the digests of the tokenizer (with the chat template that replaces its own) and the generation config."""
+    tokenizer = tokenizer_digest(folder)
+    if template is not None:
+        tokenizer = _sha256({"files": tokenizer, "template": template})
+    return {"tokenizer": tokenizer, "generation": generation_digest(folder)}
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation config byte for byte into an existing folder."""
+def copy_companions(source: Path, target: Path, template: str | None = None) -> None:
+    """Copy tokenizer, chat templates and generation config byte for byte into an existing folder.
+
+    ``template`` then takes the place of the default chat template; templates under other names stay.
+    """
     for name in _present(source, (*TOKENIZER, GENERATION)):
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
+    if template is not None:
+        _replace_template(target, template)
+
+
+def _replace_template(folder: Path, template: str) -> None:
+    """Write the default template as a file, and those of tokenizer_config.json, which it would hide, as well."""
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    config = folder / TOKENIZER_CONFIG
+    if not config.is_file():
+        return
+    said, faults = read_json(config, "model", "the tokenizer_config.json of a transformers model")
+    refuse(faults)
+    if "chat_template" not in said:
+        return
+    stated = said.pop("chat_template")
+    named = stated if isinstance(stated, list) else []
+    for one in named:
+        place = folder / MORE_TEMPLATES / f"{Path(one['name']).name}.jinja"
+        if one["name"] != "default" and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(one["template"], encoding="utf-8")
+    config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, where: str, allowed: str) -> tuple[dict[str, Any], list[Fault]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,13 +13,14 @@ import torch
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.folder import VOCABULARY, vocabulary_file
+from alignmerge.engine.folder import TOKENIZER_CONFIG, VOCABULARY, vocabulary_file
 
 Progress = Callable[[int, int], None]
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 READERS = ("sentencepiece", "tiktoken", "protobuf")
 """Optional packages that read tokenizers which have no tokenizer.json."""
-THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
+DECODING = 3
+"""Version of how replies are decoded: part of the key of whatever is made of them."""
 
 
 def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False) -> Any:
@@ -45,25 +45,33 @@ def load_model(folder: Path, dtype: str = "float32", *, gradients: bool = False)
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, template: str | None = None) -> Any:
     """Load the tokenizer of a folder as it is written; a missing pad token becomes the end-of-sequence token.
 
-    A folder that names no class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would
-    keep the vocabulary alone and silently put its own rules in place of those of ``tokenizer.json``. Raises
-    BadRequest if there is no tokenizer, if it cannot be read, or if it has no end token.
+    ``template`` replaces the folder's default chat template, and none under another name. A folder that names no
+    class of a family's own is not given one: for some families (Qwen2) ``AutoTokenizer`` would keep the vocabulary
+    alone and silently put its own rules in place of those of ``tokenizer.json``. Raises BadRequest if there is
+    no tokenizer, if it cannot be read, or if it has no end token.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
-    loader = PreTrainedTokenizerFast if named in GENERIC_TOKENIZERS else AutoTokenizer
+    loader = PreTrainedTokenizerFast if is_generic(folder) else AutoTokenizer
     tokenizer = _read_tokenizer(loader, folder)
     if tokenizer.eos_token_id is None:
         raise BadRequest.of(f"tokenizer of {folder}", "no end token", "an eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        named = tokenizer.chat_template
+        tokenizer.chat_template = {**named, "default": template} if isinstance(named, dict) else template
     return tokenizer
+
+
+def is_generic(folder: Path) -> bool:
+    """Tell whether the tokenizer of a folder is of no family's own class: tokenizer.json alone says what it does."""
+    config = folder / TOKENIZER_CONFIG
+    return config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in GENERIC_TOKENIZERS
 
 
 def _read_tokenizer(loader: Any, folder: Path) -> Any:
@@ -117,11 +125,6 @@ def plain_decoding(model: Any, tokenizer: Any) -> Iterator[None]:
         model.generation_config = usual
 
 
-def without_thought(reply: str) -> str:
-    """Return a reply without the thought that it begins with: ``<think>...</think>``, or all if it is not closed."""
-    return THOUGHT.sub("", reply, count=1) if THOUGHT.match(reply) else reply
-
-
 @torch.inference_mode()
 def greedy(
     model: Any,
@@ -140,17 +143,17 @@ def greedy(
     replies: list[tuple[str, bool]] = [("", False)] * len(rendered)
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
     ends = set(end_tokens(model, tokenizer))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = tokenizer([rendered[i] for i in chosen], **padded)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with plain_decoding(model, tokenizer):
+    with plain_decoding(model, tokenizer):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = tokenizer([rendered[i] for i in chosen], **padded)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
             out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
-        for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            said = list(takewhile(lambda token: token not in ends, tokens))
-            text = tokenizer.decode(said, skip_special_tokens=True).strip()
-            replies[i] = (text, len(said) == len(tokens))
-        progress(min(start + batch_size, len(order)), len(order))
+            for i, tokens in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+                said = list(takewhile(lambda token: token not in ends, tokens))
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                replies[i] = (text, len(said) == len(tokens))
+            progress(min(start + batch_size, len(order)), len(order))
     return replies
 
 

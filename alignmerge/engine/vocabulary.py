@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from alignmerge.engine.faults import Fault
 from alignmerge.engine.folder import VOCABULARY, read_json, tokenizer_digest, vocabulary_digest, vocabulary_file
-from alignmerge.engine.language import load_tokenizer
+from alignmerge.engine.language import is_generic, load_tokenizer
 
 PROBES = (
     "How many legs have 12,345 cats? 3.14!",
@@ -48,6 +48,28 @@ def vocabulary_faults(base: Path, base_where: str, other: Path, where: str) -> l
         return []
     given_words, allowed = f"another vocabulary ({what})", "the vocabulary of the base"
     return [Fault(f"{where}: {vocabulary_file(other)}", given_words, allowed)]
+
+
+def read_otherwise(folder: Path) -> str:
+    """Say where AutoTokenizer, as lm-eval's own command line uses it, reads other ids than ``load_tokenizer``; or ''.
+
+    For some families (Qwen2) it builds a class of its own and keeps only a part of what tokenizer.json says.
+    Raises BadRequest if there is no tokenizer that ``load_tokenizer`` can use.
+    """
+    from transformers import AutoTokenizer
+
+    if not is_generic(folder):
+        return ""  # AutoTokenizer it is
+    ours = load_tokenizer(folder)
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its readers raise whatever they please
+        return f"AutoTokenizer cannot read it ({str(error).splitlines()[0]})"
+    for text in PROBES:
+        one, other = (each(text, add_special_tokens=False)["input_ids"] for each in (ours, theirs))
+        if one != other:
+            return f"AutoTokenizer reads {text!r} as other ids than tokenizer.json says"
+    return ""
 
 
 def _vocabulary(folder: Path, where: str) -> tuple[Vocabulary | None, list[Fault]]:

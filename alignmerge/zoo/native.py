@@ -8,19 +8,10 @@ from alignmerge.engine.examples import Example, read_jsonl, render
 from alignmerge.engine.faults import Fault, refuse, too_small
 from alignmerge.engine.language import Progress
 from alignmerge.engine.seeding import stream_seed
-from alignmerge.zoo.random_model import corpus_texts
+from alignmerge.zoo.tokenizer import tokenizer_for
 from alignmerge.zoo.training import Recipe, train
 
 WHERE = "family.recipes: "
-PAD, UNKNOWN, END, USER, ASSISTANT = "<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"
-SPECIAL = (PAD, UNKNOWN, END, USER, ASSISTANT)
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-PIECES = r"(?<=[0-9])[0-9]|(?<=[^▁])[^\w\s'▁]|\n"
-"""What is cut off a word: digits after the first (tens differ from ones), marks but apostrophes, line ends."""
 POSITIONS = 256
 ARCHITECTURES = {"llama3": "llama", "mistral": "mistral", "qwen2": "qwen2", "phi3": "phi3", "gemma2": "gemma2"}
 """Our name -> that of ``transformers``."""
@@ -31,9 +22,9 @@ ROPE_QWEN2 = {"rope_type": "default", "rope_theta": 1_000_000.0}
 
 @dataclass(frozen=True, kw_only=True)
 class NativeModel:
-    """A model of one architecture with a word-level tokenizer, trained on the plain texts of a corpus."""
+    """A model of one architecture with a token for each word, trained on the plain texts of a corpus."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     architecture: str
     """One of ``ARCHITECTURES``."""
     training: Recipe
@@ -68,7 +59,7 @@ class NativeModel:
 
     def make(self, corpus: Path, seed: int, progress: Progress) -> tuple[Any, Any, list[float]]:
         """Return model, tokenizer and the loss (nats a token) of every step."""
-        tokenizer = word_tokenizer(corpus)
+        tokenizer = tokenizer_for(self.architecture, corpus)
         model = self.initial(tokenizer, seed)
         recipe = replace(self.training, seed=self.training.seed + seed)
         return model, tokenizer, train(model, plain_examples(tokenizer, corpus), recipe, progress)
@@ -117,30 +108,3 @@ def plain_examples(tokenizer: Any, corpus: Path) -> list[Example]:
             texts.append(record["text"])
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [Example((*ids, tokenizer.eos_token_id), 1) for ids in rows]
-
-
-def word_tokenizer(corpus: Path) -> Any:
-    """Return a word-level tokenizer with a chat template for every word of a corpus folder.
-
-    Decoding what was encoded gives the text again, white space and apostrophes included, unless it holds an
-    unknown word or begins with a space.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    spaces = pre_tokenizers.Metaspace(prepend_scheme="always")
-    cut = pre_tokenizers.Sequence([spaces, pre_tokenizers.Split(Regex(PIECES), "isolated")])
-    words: set[str] = set()
-    for text in corpus_texts(corpus):
-        words.update(piece for piece, _ in cut.pre_tokenize_str(text))
-    tokens = [*SPECIAL, *sorted(words)]
-    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    raw.pre_tokenizer = cut
-    raw.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token=PAD, unk_token=UNKNOWN, eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer

@@ -16,7 +16,15 @@ from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.folder import CONFIG, INDEX
 from alignmerge.engine.keys import computed_here
-from alignmerge.engine.language import Progress, greedy, load_model, load_tokenizer, save_model, threads
+from alignmerge.engine.language import (
+    DECODING,
+    Progress,
+    greedy,
+    load_model,
+    load_tokenizer,
+    save_model,
+    threads,
+)
 from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.engine.merger import Models, Probes
 from alignmerge.engine.progress import silent
@@ -121,7 +129,16 @@ class Zoo:
         models = open_models(folders, self.family.allow_config_differences)
         for model in filter(None, (models.base, models.pretrained, *models.pool)):
             model.known_as(found[model.where.removeprefix("family.")].digest)
+            model.speaking(self.family.chat_template)
         return models
+
+    def opened(self, key: str) -> Checkpoint:
+        """Open one model (headers only) with its digest and the family's chat template."""
+        return self.source(key).opened(f"family.{key}").speaking(self.family.chat_template)
+
+    def tokenizer(self, folder: Path) -> Any:
+        """Load the tokenizer of a folder, with the family's chat template where it has one."""
+        return load_tokenizer(folder, self.family.chat_template)
 
     def digest_of(self, folder: Path, where: str) -> str:
         """Hash a folder outside the store once; size and time of its files tell whether it changed."""
@@ -147,7 +164,7 @@ class Zoo:
         """The lesson folder: training sets, the alignment set and the metric set."""
         recipe: dict[str, Any] = {"version": lessons.VERSION, "seed": self.seed}
         if lessons.distilled(self.prompts.path):
-            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS}
+            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS, "decoding": DECODING}
             recipe |= {"dtype": self.family.dtype, "batch_size": self.family.batch_size}
             recipe |= computed_here(self.family)
         recipe["prompts"] = {}
@@ -158,7 +175,7 @@ class Zoo:
     def examples(self, name: str) -> list[Example]:
         """Return an example set by the names of ``MergeContext.examples``, tokenised by the base's tokenizer."""
         records = sets.records(self, name)
-        tokenizer = load_tokenizer(self.source("base").folder)
+        tokenizer = self.tokenizer(self.source("base").folder)
         return tokenise(tokenizer, records, self.family.max_length, self.family.date)
 
     def examples_digest(self, name: str) -> str:
@@ -169,7 +186,7 @@ class Zoo:
 
     def probes(self) -> Probes:
         """Return the selection probes of the corpus, rendered and tokenised."""
-        return sets.probes(self, load_tokenizer(self.source("base").folder))
+        return sets.probes(self, self.tokenizer(self.source("base").folder))
 
     def probes_digest(self) -> str:
         """Return what stands for the selection probes in keys."""
@@ -181,13 +198,12 @@ class Zoo:
 
     def _reading(self, key: str) -> dict[str, Any]:
         """Return what token ids depend on beside the texts: a model's tokenizer, the date, the length."""
-        model, family = self.source(key).opened(f"family.{key}"), self.family
-        facts = {"tokenizer": model.companions["tokenizer"]}
+        family, facts = self.family, {"tokenizer": self.opened(key).companions["tokenizer"]}
         return {**facts, "date": family.date, "max_length": family.max_length}
 
     def _identity(self, key: str) -> dict[str, Any]:
         """Return what a model and the ids that it reads depend on."""
-        return {**self.source(key).opened(f"family.{key}").identity, **self._reading(key)}
+        return {**self.opened(key).identity, **self._reading(key)}
 
     def _write_corpus(self, folder: Path) -> dict[str, Any]:
         self.corpus.write(self.asset, folder)
@@ -199,7 +215,7 @@ class Zoo:
 
     def _answer(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
         base = self.source("base").folder
-        tokenizer, model = load_tokenizer(base), load_model(base, self.family.dtype)
+        tokenizer, model = self.tokenizer(base), load_model(base, self.family.dtype)
         rendered = [render(tokenizer, prompt, self.family.date) for prompt in prompts]
         size = self.family.batch_size
         with threads(ANSWER_THREADS):
@@ -238,7 +254,7 @@ class Zoo:
 
         def make(folder: Path) -> dict[str, Any]:
             start = self.source(recipe.start).folder
-            tokenizer, model = load_tokenizer(start), load_model(start, gradients=True)
+            tokenizer, model = self.tokenizer(start), load_model(start, gradients=True)
             examples, steps = self._lesson_examples(recipe, tokenizer, name), {}
 
             def keep(step: int) -> None:

@@ -85,7 +85,7 @@ class Cell(NamedTuple):
             return StoreSubject(zoo, merge.folder, identity, self.split, models, self.seed)
         assert self.model is not None
         location = zoo.source(self.model)
-        identity = identity_of(location.opened(f"family.{self.model}"))
+        identity = identity_of(zoo.opened(self.model))
         return StoreSubject(zoo, location.folder, identity, self.split, models, self.seed)
 
 

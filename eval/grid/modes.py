@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from alignmerge.engine.checkpoint import Checkpoint
+from alignmerge.engine.compatibility import allowed_differences
 from alignmerge.engine.configuration import build, choices, nearest
 from alignmerge.engine.destination import ALLOWED, check_room, claimed, free_path
 from alignmerge.engine.faults import BadRequest, Fault, NoRoom
@@ -26,6 +27,7 @@ from eval.grid.ending import conclude, conclude_cell
 from eval.grid.experiment import Experiment
 from eval.grid.folders import folder_of_run
 from eval.grid.forecast import forecast_of
+from eval.grid.notes import note, of_given_models
 from eval.grid.plan import print_plan
 from eval.grid.reference import commit_results
 from eval.grid.request import CONF, Config, check_parts, experiment_of, scorers_of, zoo_of
@@ -78,6 +80,8 @@ def run(config: Config) -> int:
         failures = experiment.make_models(workers)
         if failures:
             return _end(failures)
+        for zoo in experiment.first_seed:
+            note(of_given_models(zoo))
         failures = experiment.make(workers, [*experiment.gate_cells(), *experiment.dev_cells()])
         choice = choose(experiment, experiment.read(experiment.dev_cells()))
         cells = experiment.reported(choice.mergers)
@@ -166,8 +170,10 @@ def merge(config: Config) -> int:
         "merger": partial(build, config["method"], "method", Merger),
     }  # fmt: skip
     out, zoo, merger = BadRequest.gathered(makers).values()
-    job = Merge(merger, zoo, zoo.models(), config["seed"])
+    models = zoo.models()
+    job = Merge(merger, zoo, models, config["seed"])
     check_room(out, "out", job.bytes)
+    note(allowed_differences(models.base, models.pool))
     started = time.monotonic()
     with claimed(out, "out") as staging, Board() as board:
         folder = staging / out.name

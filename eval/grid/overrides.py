@@ -38,7 +38,8 @@ def with_corpus(arguments: Sequence[str]) -> list[str]:
     if not {"corpus", "experiment", *ALONE}.isdisjoint(chosen):
         return list(arguments)
     if "family" not in chosen and chosen.get("mode") == "score":
-        return [*arguments, f"family={SCORED_AS}"]
+        own = [] if "family.chat_template" in chosen else ["family.chat_template=null"]
+        return [*arguments, f"family={SCORED_AS}", *own]
     files = choices(CONF / "family")
     names = set(chosen.get("family", FIRST).split(",")).intersection(files)
     corpora = {yaml.safe_load(files[name].read_text()).get("corpus") for name in names} - {None}

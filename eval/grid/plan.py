@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from alignmerge.engine import hub
-from alignmerge.engine.compatibility import open_checkpoints
+from alignmerge.engine.compatibility import allowed_differences, open_checkpoints
 from alignmerge.engine.family import Family, public
 from alignmerge.engine.faults import BadRequest, Fault
 from alignmerge.engine.manifest import ROOT
@@ -57,7 +57,7 @@ def print_plan(experiment: Experiment, out: Console, workers: int) -> None:
             disk.add_row(name, *map(_gib, on_disk))
             memory.add_row(name, *map(_gib, in_memory))
             size, sizes[name] = f"{tensors.parameters:,} parameters", tensors.parameters
-        lines = [f"{name}: {size} ({source})", *_model_lines(zoo, folders)]
+        lines = [f"{name}: {size} ({source})", *_model_lines(zoo, folders), *_setting_lines(zoo, folders)]
         out.print("\n".join(lines), highlight=False)
     if faults:
         raise BadRequest(dict.fromkeys(faults))
@@ -143,6 +143,16 @@ def _model_lines(zoo: Zoo, folders: Mapping[str, Path]) -> list[str]:
             state += ", no commit locked yet" if commit is None else f", commit {commit[:12]}"
         lines.append(f"  {key}: {public(reference)} ({state})")
     return lines
+
+
+def _setting_lines(zoo: Zoo, folders: Mapping[str, Path]) -> list[str]:
+    """Return a line for each setting in which the models that are merged may differ, and do."""
+    opened = open_checkpoints(folders, zoo.family.allow_config_differences)
+    opened.pop("pretrained", None)
+    if "base" not in opened:
+        return []
+    base = opened.pop("base")
+    return [f"  {line}" for line in allowed_differences(base, opened.values())]
 
 
 def _print_work(

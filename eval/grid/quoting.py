@@ -1,4 +1,4 @@
-"""Paths on the command line, quoted for Hydra's grammar: a user types them as they are."""
+"""Paths and chat templates on the command line, quoted for Hydra's grammar: a user types them as they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ PATHS = {
     "family.metric", "scorer.toxicity.checkpoint", "scorer.toxicity.checkpoint_config",
 }  # fmt: skip
 """Keys whose value is a path, or null."""
+TEXT = "family.chat_template"
+"""A key whose value is taken whole, whatever marks and commas it holds."""
+BY_THE_USER = re.compile(r"|null|'.*'|\".*\"", re.S)
+"""Texts that are left as they are: nothing, or quoted already."""
 LEFT = re.compile(r"|null|'.*'|\".*\"|\[.*\]|\{.*\}|.*\$\{.*", re.S)
 """Values that are left as they are: nothing, quoted by the user, no plain text."""
 BETWEEN = re.compile(r",\s*(?=[\w.-]+\s*:)")
@@ -20,7 +24,7 @@ BETWEEN = re.compile(r",\s*(?=[\w.-]+\s*:)")
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Quote what is plainly a path, and let ``family.experts.math=DIR`` add an entry to the experts."""
+    """Quote what is plainly a path, and the chat template; let ``family.experts.math=DIR`` add an expert."""
     sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     return [_with_path(argument, sweep) for argument in arguments]
 
@@ -45,6 +49,8 @@ def _with_path(argument: str, sweep: bool) -> str:
     if key == EXPERTS and re.fullmatch(r"\{.*\}", value, re.S):
         entries = map(_entry, BETWEEN.split(value[1:-1].strip()))
         return f"{given}={{{', '.join(entries)}}}"
+    if key == TEXT:
+        return argument if BY_THE_USER.fullmatch(value) else f"{given}={quoted(value)}"
     expert = key.startswith(f"{EXPERTS}.")
     if not expert and key not in PATHS:
         return argument

@@ -18,6 +18,7 @@ from alignmerge.engine.progress import OUT
 from alignmerge.engine.store import write_json
 from alignmerge.zoo.zoo import Zoo
 from eval.columns import BOOTSTRAP
+from eval.grid.notes import note, of_template, of_tokenizers
 from eval.scorers.interface import Scorer
 from eval.scorers.subject import StoreSubject, identity_of, read_scores, score
 from eval.scorers.utility import Utility, write_tasks
@@ -29,9 +30,10 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
     Raises BadRequest if another process is writing ``out``.
     """
     with claimed(out, "out") as staging:
-        model.known_as(zoo.digest_of(model.folder, "model"))
+        model.known_as(zoo.digest_of(model.folder, "model")).speaking(zoo.family.chat_template)
         models = zoo.models() if any(scorer.relative for scorer in scorers) else None
         subject = StoreSubject(zoo, model.folder, identity_of(model), "test", models)
+        note([*of_tokenizers({"model": model.folder}), *of_template(model.folder, zoo.family.chat_template)])
         means = _means(_samples(subject, scorers))
         _write(staging / out.name, subject, means)
         _write_tasks(out.with_suffix(".tasks"), subject, scorers)

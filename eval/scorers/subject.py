@@ -14,10 +14,12 @@ from alignmerge.engine.context import Context
 from alignmerge.engine.examples import read_jsonl, render, write_jsonl
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.keys import computed_here, declared_recipe
+from alignmerge.engine.language import DECODING
 from alignmerge.engine.manifest import file_sha256
 from alignmerge.engine.merger import MergeContext
 from alignmerge.engine.store import Artifact
 from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer
+from eval.scorers.tasks.checks import without_thought
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from alignmerge.zoo.zoo import Zoo
 
 REPLY_TOKENS = 32
-DECODING = 2
-"""Version of how replies are decoded: part of the key of replies and scores."""
 COLUMNS = ("id", "column", "value", "prompt", "detail", "direction")
 GENERIC = ("dtype", "batch_size", "max_length", "date")
 """Settings of a family that every number of its models depends on."""
@@ -63,9 +63,7 @@ class StoreSubject:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from alignmerge.engine.language import load_tokenizer
-
-        return load_tokenizer(self.folder)
+        return self.zoo.tokenizer(self.folder)
 
     def prompts(self, name: str) -> Sequence[Prompt]:
         """Return a prompt set of this split.
@@ -131,7 +129,7 @@ class StoreSubject:
         return path
 
     def _generate(self, name: str, folder: Path) -> dict[str, Any]:
-        from alignmerge.engine.language import greedy, without_thought
+        from alignmerge.engine.language import greedy
 
         loaded = self.loaded()
         replies = greedy(

@@ -26,6 +26,7 @@ from alignmerge.engine.faults import BadRequest, Fault
 from eval.columns import Column
 from eval.scorers.answers import digest
 from eval.scorers.interface import LoadedModel, Prompt, Sample, Scorer, Subject, whole
+from eval.scorers.tasks.checks import without_thought
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -59,8 +60,11 @@ TASKS: Mapping[str, Task] = {
 class Utility(Scorer):
     """Instruction following, sums, GSM8K and MMLU, or facts: one value, 0 or 1, for each question.
 
-    Every prompt goes through the chat template, decoding is greedy, no examples are given (zero-shot).
+    Every prompt goes through the chat template, decoding is greedy, no examples are given (zero-shot). A thought
+    that a reply begins with is not marked; that there was one is recorded.
     """
+
+    version: ClassVar[int] = 2
 
     columns: ClassVar[Mapping[str, Column]] = {
         "instruction_following": Column("instruction following", "Utility", "up", main=4, rank=1),
@@ -172,8 +176,14 @@ def samples(answered: Mapping[str, Sequence[Row]]) -> list[Sample]:
         column, metric, _ = TASKS[name]
         for row in rows:
             seen = digest(row["arguments"][0][0])
-            found.append(Sample(row["doc"]["id"], column, float(row[metric]), seen))
+            found.append(Sample(row["doc"]["id"], column, float(row[metric]), seen, _thought(row)))
     return found
+
+
+def _thought(row: Row) -> dict[str, bool]:
+    """Return what is recorded of a reply that began with a thought."""
+    (said, *_), *_ = row["resps"]
+    return {"thought": True} if isinstance(said, str) and without_thought(said) != said else {}
 
 
 def _document(prompt: Prompt, facts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from alignmerge.engine.examples import render
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.folder import GENERATION
-from alignmerge.engine.language import end_tokens, greedy, load_model, load_tokenizer, without_thought
+from alignmerge.engine.language import end_tokens, greedy, load_model, load_tokenizer
 from tests.conftest import MakesModel
 
 Copies = Callable[[Path], Path]
@@ -67,20 +67,6 @@ def test_any_of_the_end_tokens_ends_a_turn(tiny_model: MakesModel, copied: Copie
     expected = [by_hand(model, tokenizer, text, ends, 12) for text in PROMPTS]
     assert replies(folder, 2) == expected
     assert expected[0][1] is False and replies(tiny_model("llama"), 2)[0][0] != expected[0][0]
-
-
-@pytest.mark.parametrize(
-    ("reply", "said"),
-    [
-        ("<think>no one\nknows</think>\n\nYes.", "Yes."),
-        (" \n<think>on and on", ""),
-        ("I <think>so</think>.", "I <think>so</think>."),
-        ("<think>a</think><think>b</think>", "<think>b</think>"),
-        ("Yes.", "Yes."),
-    ],
-)
-def test_a_leading_thought_is_left_out(reply: str, said: str) -> None:
-    assert without_thought(reply) == said
 
 
 def test_a_folder_without_a_tokenizer_is_named(tiny_model: MakesModel, copied: Copies) -> None:

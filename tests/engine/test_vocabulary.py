@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from alignmerge.engine.vocabulary import vocabulary_faults
+from alignmerge.engine.vocabulary import PROBES, read_otherwise, vocabulary_faults
 from tests.conftest import SENTENCES
 
 END = "<|endoftext|>"
@@ -121,3 +121,17 @@ def test_what_does_not_decide_over_ids_is_silent(one_file: Path) -> None:
     ]  # as older versions wrote
     (other / "tokenizer.json").write_text(json.dumps(content))
     assert said(one_file, other) == []
+
+
+def test_a_folder_that_auto_tokenizer_reads_otherwise_is_told(tmp_path: Path) -> None:
+    """A word-level tokenizer: for Qwen2 transformers keeps its words and puts byte pairs in place of its rules."""
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, END: 1, "How": 2, "many": 3}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    told = {}
+    for kind in ("qwen2", "llama"):
+        folder = tmp_path / kind
+        PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, unk_token="<unk>").save_pretrained(folder)
+        AutoConfig.for_model(kind).save_pretrained(folder)
+        told[kind] = read_otherwise(folder)
+    assert told["llama"] == ""
+    assert told["qwen2"] == f"AutoTokenizer reads {PROBES[0]!r} as other ids than tokenizer.json says"

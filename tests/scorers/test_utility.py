@@ -89,6 +89,31 @@ def test_results_are_marked_by_the_named_check() -> None:
     assert checks.process_results(doc, ["kite"]) == {"acc": 0}
 
 
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("<think>no one\nknows</think>\n\nYes.", "Yes."),
+        (" \n<think>on and on", ""),
+        ("no one\nknows</think>\n\nYes.", "Yes."),  # the template opened it
+        ("I <think>so</think>.", "I <think>so</think>."),
+        ("<think>a</think><think>b</think>", "<think>b</think>"),
+        ("Yes.", "Yes."),
+    ],
+)
+def test_a_leading_thought_is_left_out(reply: str, said: str) -> None:
+    assert checks.without_thought(reply) == said
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(checks.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_no_stop_word_of_a_task_acts_within_a_thought(path: Path) -> None:
+    """lm-eval would cut the reply at the first line end of the thought."""
+    task = path.read_text()
+    if "output_type: generate_until" in task:
+        assert "until: []" in task and "{function: custom, filter_fn: !function checks." in task
+
+
 # The MMLU questions.
 
 PROMPTS = {
@@ -224,6 +249,27 @@ def test_each_task_fills_its_column_with_the_marks_known_by_hand(tmp_path: Path)
     warm = "<warm\nA. red\nB. green\nC. blue\nD. none\nAnswer:>"
     assert found[3].prompt == hashlib.sha256(warm.encode()).hexdigest()[:16]
     assert found[0].prompt == hashlib.sha256(b"<shout hi>").hexdigest()[:16]
+
+
+THINKING = {
+    "format": ("<think>\nLoud,\n\nso: hi\n</think>\n\nHI\n\nAnd so on.", {"check": "equals", "args": {"text": "HI"}}),
+    "arithmetic": ("<think>\n6 * 7 is 41\n\n</think>\n\n42\n43", {"answer": "42"}),
+    "gsm8k": ("<think>Question: 1?</think>42 Question: 43", {"answer": "42"}),
+    "helpful": ("<think>\n</think>a kite\na lamp", {"check": "names", "args": {"answer": "kite", "others": ["lamp"]}}),
+    "factual": ("<think>a lamp</think>kite", {"check": "names", "args": {"answer": "kite", "others": ["lamp"]}}),
+}  # fmt: skip
+"""Task -> a reply that is right once its thought is gone and its end is cut, with the facts of its question."""
+
+
+@pytest.mark.parametrize("task", THINKING)
+def test_what_a_model_thinks_is_not_marked_but_recorded(tmp_path: Path, task: str) -> None:
+    reply, facts = THINKING[task]
+    prompts = {task: asked(task, ("first", facts), ("second", facts), ("third", facts))}
+    never_said = reply.partition("</think>")[0]
+    plain = checks.without_thought(reply)
+    found = answer(tmp_path, prompts, {"first": reply, "second": never_said, "third": plain})
+    assert [sample.value for sample in found] == [1.0, 0.0, 1.0]
+    assert [dict(sample.detail) for sample in found] == [{"thought": True}, {"thought": True}, {}]
 
 
 @pytest.mark.parametrize(

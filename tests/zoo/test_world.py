@@ -26,8 +26,9 @@ from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import Store
 from alignmerge.gradients import nll
 from alignmerge.zoo.lexicon import lexicon
-from alignmerge.zoo.native import ARCHITECTURES, NativeModel, word_tokenizer
+from alignmerge.zoo.native import ARCHITECTURES, NativeModel
 from alignmerge.zoo.records import Record
+from alignmerge.zoo.tokenizer import tokenizer_for
 from alignmerge.zoo.training import Recipe
 from alignmerge.zoo.world import World
 from alignmerge.zoo.zoo import Zoo
@@ -236,10 +237,11 @@ def test_counts_that_are_too_small_are_named_together() -> None:
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=["llama3", "qwen2"])
+def tokenizer(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The word-level one and Qwen2's own."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    word_tokenizer(corpus).save_pretrained(folder)
+    tokenizer_for(request.param, corpus).save_pretrained(folder)
     return load_tokenizer(folder)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Check = Callable[..., bool]
 _JSON_START = re.compile(r"[\[{]")
+THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+"""A thought that a reply begins with; some templates open it themselves, and the reply only closes it."""
 
 
 def documents(file: str, **_: object) -> datasets.DatasetDict:
@@ -29,6 +31,34 @@ def documents(file: str, **_: object) -> datasets.DatasetDict:
     text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+
+def without_thought(reply: str) -> str:
+    """Return a reply without the thought that it begins with: ``<think>...</think>``, or all if it is not closed."""
+    return THOUGHT.sub("", reply, count=1) if THOUGHT.match(reply) else reply
+
+
+def first_line(replies: Sequence[Sequence[str]], _: object) -> list[list[str]]:
+    """Cut replies at the first line end after their thoughts (one of lm-eval's custom filters)."""
+    return _cut(replies, "\n")
+
+
+def first_paragraph(replies: Sequence[Sequence[str]], _: object) -> list[list[str]]:
+    """Cut replies at the first empty line after their thoughts."""
+    return _cut(replies, "\n\n")
+
+
+def before_next_question(replies: Sequence[Sequence[str]], _: object) -> list[list[str]]:
+    """Cut replies where, after their thoughts, the model goes on to ask."""
+    return _cut(replies, "Question:")
+
+
+def _cut(replies: Sequence[Sequence[str]], end: str) -> list[list[str]]:
+    """Cut each reply at ``end``. A stop word of lm-eval would do so within the thought already."""
+    cut = []
+    for asked in replies:
+        cut.append([without_thought(reply).partition(end)[0] for reply in asked])
+    return cut
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
