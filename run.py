@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.faults import BadRequest, Fault, missing_package
 from alignmerge.engine.kernels import fix
 
 fix()  # before anything imports torch or numpy
@@ -50,6 +50,8 @@ def compose(config: DictConfig) -> None:
         CODES.append(refuse(error.faults))
     except OmegaConfBaseException as error:
         CODES.append(refuse([Fault(error.full_key or "config", str(error), "a value that can be resolved")]))
+    except ModuleNotFoundError as error:
+        CODES.append(refuse(missing_package(error).faults))
     except Exception as error:
         CODES.append(fail(error, Path(config.get("store") or ".")))
     if CODES[-1] and "SUBMITIT_EXECUTOR" in os.environ:

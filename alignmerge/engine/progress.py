@@ -140,6 +140,11 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def say(line: str) -> None:
+    """Print a line of a result as it is."""
+    OUT.print(line, highlight=False, markup=False)
+
+
 def silent(done: int, total: int) -> None:
     """Report to nobody."""
 

@@ -1,0 +1,266 @@
+"""Kill a run again and again at random points, run it again, and hold what it made against an undisturbed run.
+
+    python -m tests.kills.kills --kills 50
+
+Each kill is aimed at a stage: it comes a random moment after the run has begun to make something of it. One half of
+the kills hit the whole process group, the other half only the first process, whose workers then have to end as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.store import read_manifest
+
+STEPS = [f"family.recipes.{name}.steps=4" for name in ("anchor", "arithmetic", "format")]
+WORDS = ["family=smoke", "corpus=toy", "scorer=[judge]", *STEPS]
+"""One cell of random models: everything that a run does, in seconds."""
+STAGES = {
+    "training": ("models-", "lessons-"),
+    "merging": ("merges-", "weights-", "bases-", "fisher-", "gradient-", "gram-", "nll-"),
+    "scoring": ("replies-", "scores-"),
+    "reporting": ("reports-", ".cell-"),
+}
+"""What is killed -> how the folders begin that are filled meanwhile."""
+SPANS = {"training": 2.0, "merging": 0.3, "scoring": 1.0, "reporting": 0.8}
+"""Within so many seconds of a stage's first folder the kill comes."""
+GIVEN = {"assets", "calibration"}
+"""Stages that are lent to every store: packages, and what is computed from them alone."""
+PASSING = {"git", "cpu", "seconds"}
+SECONDS = 600
+"""For a run: far more than it needs."""
+Contents = dict[str, str]
+
+
+@dataclass
+class Count:
+    """What became of the kills of one stage."""
+
+    tried: int = 0
+    half_made: int = 0
+    """How many left something unfinished in the store's staging folder."""
+    lost: int = 0
+    """How many took, or changed, what had its final name before, or left half of something under one."""
+    healed: int = 0
+    """How many were followed by runs that ended with the digests of the undisturbed one."""
+
+
+class Place(NamedTuple):
+    """Where a run works."""
+
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        """Its artifacts."""
+        return self.folder / "store"
+
+    def staged(self) -> set[Path]:
+        """Return what is being made, or was when something was killed."""
+        found: set[Path] = set()
+        for folder in (self.store / ".staging", self.folder / "results"):
+            with contextlib.suppress(FileNotFoundError):
+                found.update(folder.iterdir())
+        return found
+
+    def start(self, words: Sequence[str] = WORDS) -> subprocess.Popen[str]:
+        """Start the run in a process group of its own."""
+        environment = {**os.environ, "ALIGNMERGE_STORE": str(self.store), "OMP_NUM_THREADS": "1"}
+        with (self.folder / "said.txt").open("a") as said:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "run.py"), *words], cwd=self.folder, env=environment,
+                start_new_session=True, text=True, stdout=said, stderr=said,
+            )  # fmt: skip
+
+    def contents(self) -> Contents:
+        """Return what stands for everything under a final name; raises Damaged for half of an artifact."""
+        found = {}
+        for artifact in sorted(self.store.glob("[!.]*/*")):
+            if artifact.parent.name not in {*GIVEN, "failed"}:
+                found[str(artifact.relative_to(self.store))] = _digest(
+                    artifact, read_manifest(artifact)["facts"]
+                )
+        for results in sorted((self.folder / "results").glob("[!.]*")):
+            manifest = json.loads((results / "manifest.json").read_text())
+            found[f"results/{results.name}"] = _digest(results, manifest)
+        return found
+
+
+def new_place(folder: Path, lender: Path) -> Place:
+    """Return a place with an empty store, but for the packages of another one."""
+    for stage in GIVEN:
+        for have in (lender / stage).glob("*/manifest.json"):
+            (folder / "store" / stage).mkdir(parents=True, exist_ok=True)
+            (folder / "store" / stage / have.parent.name).symlink_to(have.parent.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
+    return Place(folder)
+
+
+def undisturbed(place: Place) -> Contents:
+    """Run to the end and return what was made; raises RuntimeError if the run does not end well."""
+    process = place.start()
+    try:
+        code = process.wait(SECONDS)
+    finally:
+        _end(process)
+    if code:
+        raise RuntimeError(f"exit {code}: {(place.folder / 'said.txt').read_text()}")
+    return place.contents()
+
+
+def killed(place: Place, stage: str, after: float, *, group: bool) -> bool:
+    """Start a run and kill it ``after`` seconds into a stage; say whether it came so far."""
+    before, process = place.staged(), place.start()
+    try:
+        while not any(path.name.startswith(STAGES[stage]) for path in place.staged() - before):
+            if process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        time.sleep(after)
+        if process.poll() is not None:
+            return False
+        if group:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        _wait_for_workers(process)
+    finally:
+        _end(process)
+    return True
+
+
+def lineage(
+    folder: Path, lender: Path, wanted: Contents, aims: Sequence[str], chance: random.Random
+) -> Iterator[tuple[str, Count]]:
+    """Kill one store's run once for each aim, let it finish, and yield what became of each kill."""
+    place = new_place(folder, lender)
+    counts = []
+    for number, stage in enumerate(aims):
+        before = place.contents()
+        if killed(place, stage, chance.uniform(0, SPANS[stage]), group=number % 2 == 0):
+            half = bool(list((place.store / ".staging").glob("*")))
+            counts.append((stage, Count(1, int(half), int(_lost(place, before, wanted)))))
+    healed = undisturbed(place)
+    again = {key: healed.get(key) for key in wanted}
+    left = list((place.store / ".staging").iterdir())
+    for stage, count in counts:
+        count.healed = int(again == wanted and not left)
+        yield stage, count
+
+
+def kill(kills: int, seed: int, folder: Path, lender: Path) -> dict[str, Count]:
+    """Kill runs so many times, in as many stores as it takes, and count by stage."""
+    chance = random.Random(seed)
+    wanted = undisturbed(new_place(folder / "undisturbed", lender))
+    wanted = {
+        key: digest for key, digest in wanted.items() if not key.startswith("weights/")
+    }  # dropped after use
+    counts = {stage: Count() for stage in STAGES}
+    number = 0
+    while (missing := kills - sum(count.tried for count in counts.values())) > 0:
+        aims = aims_of(counts, min(missing, chance.randint(3, 6)), chance)
+        for stage, count in lineage(folder / str(number), lender, wanted, aims, chance):
+            _add(counts[stage], count)
+        number += 1
+        print(report(counts), file=sys.stderr, flush=True)
+    return counts
+
+
+def aims_of(counts: dict[str, Count], size: int, chance: random.Random) -> list[str]:
+    """Draw what is killed in one store, in the order of a run: the stages that were tried least come first."""
+    rarest = sorted(STAGES, key=lambda stage: (counts[stage].tried, chance.random()))
+    drawn = [rarest[number % len(rarest)] for number in range(size)]
+    return sorted(drawn, key=list(STAGES).index)
+
+
+def report(counts: dict[str, Count]) -> str:
+    """Return the table: a line for each stage and one for all."""
+    whole = Count()
+    lines = [f"{'killed in':12}{'tried':>7}{'half-made':>11}{'lost':>6}{'healed':>8}"]
+    for count in counts.values():
+        _add(whole, count)
+    for stage, count in {**counts, "all": whole}.items():
+        lines.append(f"{stage:12}{count.tried:7}{count.half_made:11}{count.lost:6}{count.healed:8}")
+    return "\n".join(lines)
+
+
+def _add(to: Count, count: Count) -> None:
+    to.tried += count.tried
+    to.half_made += count.half_made
+    to.lost += count.lost
+    to.healed += count.healed
+
+
+def _lost(place: Place, before: Contents, wanted: Contents) -> bool:
+    """Say whether a kill cost anything finished, or left something unfinished or wrong under a final name."""
+    after = place.contents()  # raises Damaged for a half
+    kept = {key for key in before if not key.startswith("weights/")}
+    wrong = [key for key, digest in after.items() if key in wanted and digest != wanted[key]]
+    return bool(wrong) or not kept <= after.keys()
+
+
+def _digest(folder: Path, facts: dict[str, Any]) -> str:
+    """Return the sha256 of the files of a folder and of what its manifest says of them."""
+    told = {key: value for key, value in facts.items() if key not in PASSING}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for file in sorted(filter(Path.is_file, folder.rglob("*"))):
+        if file.name != "manifest.json":
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def alive(group: int) -> list[str]:
+    """Return the processes of a group that still run (what nobody has reaped does not)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, of, *_ = stat.read_text().rpartition(") ")[2].split()
+            if of == str(group) and state != "Z":
+                found.append(stat.parent.name)
+    return found
+
+
+def _wait_for_workers(process: subprocess.Popen[str]) -> None:
+    process.wait()
+    deadline = time.monotonic() + 60
+    while alive(process.pid):
+        if time.monotonic() > deadline:
+            raise RuntimeError("workers outlive the run")
+        time.sleep(0.02)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> int:
+    """Print the table; 1 if a kill cost anything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lender", type=Path, default=Path(os.environ.get("ALIGNMERGE_STORE", ROOT / "store")))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        counts = kill(arguments.kills, arguments.seed, Path(folder), arguments.lender)
+    print(report(counts))
+    return int(any(count.lost or count.healed < count.tried for count in counts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
