@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+
+from alignmerge.engine import interruption
+
+if __name__ == "__main__":
+    interruption.end_at_once()
+
 import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
@@ -30,7 +36,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the time of large batches
 
 CONF = str(Path(__file__).resolve().parent / "conf")
-INTERRUPTED = 130
 CODES: list[int] = []
 """Exit code of each job: a sweep has several."""
 
@@ -44,6 +49,7 @@ def compose(config: DictConfig) -> None:
     """Resolve the config and hand it on; a wrong request of one job of a sweep does not stop the others."""
     from eval.grid.modes import dispatch
 
+    interruption.unwind_first()
     try:
         CODES.append(dispatch(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))))
     except BadRequest as error:
@@ -88,10 +94,7 @@ def _run(arguments: Sequence[str]) -> int:
     except UNUSABLE as error:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
-        print(
-            "interrupted: what is finished is kept, and the same command goes on with the rest", file=sys.stderr
-        )
-        return INTERRUPTED
+        return interruption.tell()
     return max(CODES, default=0)
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from alignmerge.engine.faults import BadRequest, Fault, NoRoom, disk_full, writing
 from alignmerge.engine.folder import CONFIG, GENERATION, INDEX, TOKENIZER
+from alignmerge.engine.interruption import deaf_to_interrupts
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.progress import end_with_parent
 
@@ -119,7 +120,9 @@ def fetch(reference: Reference, where: str, locks: Path) -> Path:
         commit = commit_of(reference, where)
         print(f"fetching hub:{reference.key}", file=sys.stderr)
         with _network() as pool:
-            folder = pool.submit(_download, reference, commit, where).result()
+            with deaf_to_interrupts():
+                fetched = pool.submit(_download, reference, commit, where)
+            folder = fetched.result()
         if not any(folder.glob(WEIGHTS)):
             given = f"hub:{reference.key} has no safetensors weights"
             raise BadRequest.of(where, given, f"a repository with {WEIGHTS} (pickles are never fetched)")
@@ -137,8 +140,10 @@ def refusals(references: Mapping[str, Reference]) -> list[Fault]:
     for where, reference in references.items():
         asked[where] = partial(_download, reference, commit_of(reference, where), where, FILES[:1])
     with _network() as pool:
+        with deaf_to_interrupts():
+            answered = pool.submit(BadRequest.gathered, asked)
         try:
-            pool.submit(BadRequest.gathered, asked).result()
+            answered.result()
         except BadRequest as error:
             return list(error.faults)
     return []

@@ -46,7 +46,7 @@ class Board:
         """What worker processes are connected to."""
         self.forecast = forecast
         self.interrupted = False
-        """Set where the end of the work is told elsewhere: there is no last line then."""
+        """Set where the end of the work is told elsewhere: there is no last line then, and nobody waits for it."""
         show = self._bars if sys.stderr.isatty() else self._lines
         self._thread = threading.Thread(target=show, daemon=True)
 
@@ -57,8 +57,9 @@ class Board:
 
     def __exit__(self, *error: object) -> None:
         _LINE.remove(self.queue)
-        self.queue.put(STOP)
-        self._thread.join(timeout=5)
+        if not self.interrupted:  # a killed worker may hold the queue
+            self.queue.put(STOP)
+            self._thread.join(timeout=5)
         self.queue.cancel_join_thread()  # a killed worker may hold the queue: do not wait for progress
 
     def reporter(self, label: str) -> Reporter:

@@ -28,7 +28,7 @@ from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import read_manifest
 
 STEPS = [f"family.recipes.{name}.steps=4" for name in ("anchor", "arithmetic", "format")]
-WORDS = ["family=smoke", "corpus=toy", "scorer=[judge]", *STEPS]
+WORDS = ["family=smoke", "corpus=toy", "scorer=[judge]", "workers=1", *STEPS]
 """One cell of random models: everything that a run does, in seconds."""
 STAGES = {
     "training": ("models-", "lessons-"),
@@ -172,7 +172,7 @@ def kill(kills: int, seed: int, folder: Path, lender: Path) -> dict[str, Count]:
     counts = {stage: Count() for stage in STAGES}
     number = 0
     while (missing := kills - sum(count.tried for count in counts.values())) > 0:
-        aims = aims_of(counts, min(missing, chance.randint(3, 6)), chance)
+        aims = aims_of(counts, min(missing, chance.randint(5, 9)), chance)
         for stage, count in lineage(folder / str(number), lender, wanted, aims, chance):
             _add(counts[stage], count)
         number += 1
