@@ -46,7 +46,7 @@ class Board:
         """What worker processes are connected to."""
         self.forecast = forecast
         self.interrupted = False
-        """Set where the end of the work is told elsewhere: there is no last line then, and nobody waits for it."""
+        """Set where the end of the work is told elsewhere: there is no last line then."""
         show = self._bars if sys.stderr.isatty() else self._lines
         self._thread = threading.Thread(target=show, daemon=True)
 
@@ -57,9 +57,8 @@ class Board:
 
     def __exit__(self, *error: object) -> None:
         _LINE.remove(self.queue)
-        if not self.interrupted:  # a killed worker may hold the queue
-            self.queue.put(STOP)
-            self._thread.join(timeout=5)
+        self.queue.put(STOP)
+        self._thread.join(timeout=5)
         self.queue.cancel_join_thread()  # a killed worker may hold the queue: do not wait for progress
 
     def reporter(self, label: str) -> Reporter:
@@ -68,7 +67,7 @@ class Board:
 
     def _events(self) -> Iterator[Event | None]:
         """Yield what is reported until the board closes, and None where nothing is for a while."""
-        while True:
+        while not self.interrupted:  # a killed worker may hold the queue, so that the end cannot come through it
             try:
                 event = self.queue.get(timeout=TICK)
             except queue.Empty:

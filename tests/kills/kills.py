@@ -1,6 +1,6 @@
 """Kill a run again and again at random points, run it again, and hold what it made against an undisturbed run.
 
-    python -m tests.kills.kills --kills 50
+    OMP_NUM_THREADS=1 python -m tests.kills.kills --kills 50
 
 Each kill is aimed at a stage: it comes a random moment after the run has begun to make something of it. One half of
 the kills hit the whole process group, the other half only the first process, whose workers then have to end as well.
@@ -15,17 +15,18 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import run
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import read_manifest
+from eval.grid import modes  # noqa: F401  (runs are forks of this process)
 
 STEPS = [f"family.recipes.{name}.steps=4" for name in ("anchor", "arithmetic", "format")]
 WORDS = ["family=smoke", "corpus=toy", "scorer=[judge]", "workers=1", *STEPS]
@@ -60,6 +61,42 @@ class Count:
     """How many were followed by runs that ended with the digests of the undisturbed one."""
 
 
+class Process:
+    """A run: a fork of this process, which has imported all that runs do; that takes most of a short run's time."""
+
+    def __init__(self, identity: int) -> None:
+        self.pid = identity
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        if self.code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self, seconds: float) -> int:
+        """Return the exit code; raises TimeoutError if it does not end in time."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a run has not ended within {seconds} s")
+            time.sleep(0.01)
+        assert self.code is not None
+        return self.code
+
+    def send(self, number: int, *, group: bool = True) -> None:
+        """Send a signal to the run's process group or to its first process alone."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def end(self) -> None:
+        """Kill what still runs of the group."""
+        self.send(signal.SIGKILL)
+        self.wait(SECONDS)
+
+
 class Place(NamedTuple):
     """Where a run works."""
 
@@ -78,14 +115,29 @@ class Place(NamedTuple):
                 found.update(folder.iterdir())
         return found
 
-    def start(self, words: Sequence[str] = WORDS) -> subprocess.Popen[str]:
+    def start(self, words: Sequence[str] = WORDS) -> Process:
         """Start the run in a process group of its own."""
-        environment = {**os.environ, "ALIGNMERGE_STORE": str(self.store), "OMP_NUM_THREADS": "1"}
-        with (self.folder / "said.txt").open("a") as said:
-            return subprocess.Popen(
-                [sys.executable, str(ROOT / "run.py"), *words], cwd=self.folder, env=environment,
-                start_new_session=True, text=True, stdout=said, stderr=said,
-            )  # fmt: skip
+        said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        identity = os.fork()
+        if identity == 0:
+            self._run(words, said)
+        os.close(said)
+        return Process(identity)
+
+    def _run(self, words: Sequence[str], said: int) -> NoReturn:
+        """Be the run: what a shell and Python do before ``main`` is called."""
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(self.folder)
+            os.dup2(said, sys.stdout.fileno())
+            os.dup2(said, sys.stderr.fileno())
+            os.environ["ALIGNMERGE_STORE"] = str(self.store)
+            sys.argv = ["run.py", *words]
+            code = run.main()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
 
     def contents(self) -> Contents:
         """Return what stands for everything under a final name; raises Damaged for half of an artifact."""
@@ -117,7 +169,7 @@ def undisturbed(place: Place) -> Contents:
     try:
         code = process.wait(SECONDS)
     finally:
-        _end(process)
+        process.end()
     if code:
         raise RuntimeError(f"exit {code}: {(place.folder / 'said.txt').read_text()}")
     return place.contents()
@@ -134,12 +186,11 @@ def killed(place: Place, stage: str, after: float, *, group: bool) -> bool:
         time.sleep(after)
         if process.poll() is not None:
             return False
-        if group:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
+        process.send(signal.SIGKILL, group=group)
+        process.wait(SECONDS)
         _wait_for_workers(process)
     finally:
-        _end(process)
+        process.end()
     return True
 
 
@@ -234,19 +285,12 @@ def alive(group: int) -> list[str]:
     return found
 
 
-def _wait_for_workers(process: subprocess.Popen[str]) -> None:
-    process.wait()
+def _wait_for_workers(process: Process) -> None:
     deadline = time.monotonic() + 60
     while alive(process.pid):
         if time.monotonic() > deadline:
             raise RuntimeError("workers outlive the run")
         time.sleep(0.02)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main() -> int:
