@@ -123,7 +123,10 @@ def fail(error: Exception, store: Path) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        if code == interruption.CODE:
+            interruption.leave()
+        sys.exit(code)
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -42,7 +42,10 @@ SPANS = {"training": 2.0, "merging": 0.3, "scoring": 1.0, "reporting": 0.8}
 """Within so many seconds of a stage's first folder the kill comes."""
 GIVEN = {"assets", "calibration"}
 """Stages that are lent to every store: packages, and what is computed from them alone."""
+DROPPED = {"weights", "failed"}
+"""What no finished store has to hold: weights are deleted after use."""
 PASSING = {"git", "cpu", "seconds"}
+SAME = {True: "the same digests", False: "other digests"}
 SECONDS = 600
 """For a run: far more than it needs."""
 Contents = dict[str, str]
@@ -143,7 +146,7 @@ class Place(NamedTuple):
         """Return what stands for everything under a final name; raises Damaged for half of an artifact."""
         found = {}
         for artifact in sorted(self.store.glob("[!.]*/*")):
-            if artifact.parent.name not in {*GIVEN, "failed"}:
+            if artifact.parent.name not in {*GIVEN, *DROPPED}:
                 found[str(artifact.relative_to(self.store))] = _digest(
                     artifact, read_manifest(artifact)["facts"]
                 )
@@ -213,13 +216,22 @@ def lineage(
         yield stage, count
 
 
-def kill(kills: int, seed: int, folder: Path, lender: Path) -> dict[str, Count]:
+def together(place: Place) -> Contents:
+    """Let two runs work on one store and one folder of results at the same time, and return what they made."""
+    runs = [place.start(), place.start()]
+    try:
+        codes = [process.wait(SECONDS) for process in runs]
+    finally:
+        for process in runs:
+            process.end()
+    if any(codes):
+        raise RuntimeError(f"exit {codes}: {(place.folder / 'said.txt').read_text()}")
+    return place.contents()
+
+
+def kill(kills: int, seed: int, folder: Path, lender: Path, wanted: Contents) -> dict[str, Count]:
     """Kill runs so many times, in as many stores as it takes, and count by stage."""
     chance = random.Random(seed)
-    wanted = undisturbed(new_place(folder / "undisturbed", lender))
-    wanted = {
-        key: digest for key, digest in wanted.items() if not key.startswith("weights/")
-    }  # dropped after use
     counts = {stage: Count() for stage in STAGES}
     number = 0
     while (missing := kills - sum(count.tried for count in counts.values())) > 0:
@@ -259,9 +271,8 @@ def _add(to: Count, count: Count) -> None:
 def _lost(place: Place, before: Contents, wanted: Contents) -> bool:
     """Say whether a kill cost anything finished, or left something unfinished or wrong under a final name."""
     after = place.contents()  # raises Damaged for a half
-    kept = {key for key in before if not key.startswith("weights/")}
     wrong = [key for key, digest in after.items() if key in wanted and digest != wanted[key]]
-    return bool(wrong) or not kept <= after.keys()
+    return bool(wrong) or not before.keys() <= after.keys()
 
 
 def _digest(folder: Path, facts: dict[str, Any]) -> str:
@@ -300,10 +311,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lender", type=Path, default=Path(os.environ.get("ALIGNMERGE_STORE", ROOT / "store")))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        counts = kill(arguments.kills, arguments.seed, Path(folder), arguments.lender)
+    with tempfile.TemporaryDirectory(prefix="kills-") as made:
+        folder, lender = Path(made), arguments.lender
+        wanted = undisturbed(new_place(folder / "undisturbed", lender))
+        same = together(new_place(folder / "together", lender)) == wanted
+        counts = kill(arguments.kills, arguments.seed, folder, lender, wanted)
     print(report(counts))
-    return int(any(count.lost or count.healed < count.tried for count in counts.values()))
+    print(f"two runs at once: {SAME[same]} as of one")
+    harmed = any(count.lost or count.healed < count.tried for count in counts.values())
+    return int(harmed or not same)
 
 
 if __name__ == "__main__":
