@@ -67,7 +67,9 @@ class Board:
 
     def _events(self) -> Iterator[Event | None]:
         """Yield what is reported until the board closes, and None where nothing is for a while."""
-        while not self.interrupted:  # a killed worker may hold the queue, so that the end cannot come through it
+        while (
+            not self.interrupted
+        ):  # a killed worker may hold the queue, so that the end cannot come through it
             try:
                 event = self.queue.get(timeout=TICK)
             except queue.Empty:

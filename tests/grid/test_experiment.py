@@ -550,7 +550,6 @@ def test_a_full_disk_is_one_line_at_every_stage_and_the_store_heals(small_disk: 
     for room in (300, 2500, 100, 100):
         resized(small_disk, room)
         ended = launch(*words, folder=tmp_path, seconds=SECONDS)
-        *_, last = ended.err.splitlines()
         print(room, ended.code, ended.err, [x.name for x in store.iterdir()])
         whole(store)
     resized(small_disk, 20_000)
