@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+
+from alignmerge.engine import interruption
+
+if __name__ == "__main__":
+    interruption.end_at_once()
+
 import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
@@ -18,7 +24,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.faults import BadRequest, Fault, missing_package
 from alignmerge.engine.kernels import fix
 
 fix()  # before anything imports torch or numpy
@@ -30,7 +36,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the time of large batches
 
 CONF = str(Path(__file__).resolve().parent / "conf")
-INTERRUPTED = 130
 CODES: list[int] = []
 """Exit code of each job: a sweep has several."""
 
@@ -44,12 +49,15 @@ def compose(config: DictConfig) -> None:
     """Resolve the config and hand it on; a wrong request of one job of a sweep does not stop the others."""
     from eval.grid.modes import dispatch
 
+    interruption.unwind_first()
     try:
         CODES.append(dispatch(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))))
     except BadRequest as error:
         CODES.append(refuse(error.faults))
     except OmegaConfBaseException as error:
         CODES.append(refuse([Fault(error.full_key or "config", str(error), "a value that can be resolved")]))
+    except ModuleNotFoundError as error:
+        CODES.append(refuse(missing_package(error).faults))
     except Exception as error:
         CODES.append(fail(error, Path(config.get("store") or ".")))
     if CODES[-1] and "SUBMITIT_EXECUTOR" in os.environ:
@@ -86,10 +94,7 @@ def _run(arguments: Sequence[str]) -> int:
     except UNUSABLE as error:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
-        print(
-            "interrupted: what is finished is kept, and the same command goes on with the rest", file=sys.stderr
-        )
-        return INTERRUPTED
+        return interruption.tell()
     return max(CODES, default=0)
 
 
@@ -118,7 +123,10 @@ def fail(error: Exception, store: Path) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        if code == interruption.CODE:
+            interruption.leave()
+        sys.exit(code)
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

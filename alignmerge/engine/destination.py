@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from alignmerge.engine.faults import BadRequest, NoRoom, disk_full, spelled_size, writing
+from alignmerge.engine.faults import BadRequest, NoRoom, disk_full, nearest_above, spelled_size, writing
 
 ALLOWED = "a path that does not exist yet"
 TOKEN = 4
@@ -34,7 +34,7 @@ def free_path(path: Path, where: str, *, outside: Path) -> Path:
         raise BadRequest.of(where, f"{path} exists", ALLOWED)
     if path.resolve().is_relative_to(outside.resolve()):
         raise BadRequest.of(where, f"{path} lies in the store", f"a path outside {outside}")
-    above = next(one for one in path.absolute().parents if os.path.lexists(one))
+    above = nearest_above(path)
     if not above.is_dir():
         raise BadRequest.of(where, f"{above} is not a folder", ALLOWED)
     if not os.access(above, os.W_OK | os.X_OK):
@@ -44,38 +44,40 @@ def free_path(path: Path, where: str, *, outside: Path) -> Path:
 
 def check_room(path: Path, where: str, needed: int) -> None:
     """Raise BadRequest if the disk of ``path`` has not ``needed`` bytes free."""
-    above = next(one for one in path.absolute().parents if one.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(nearest_above(path)).free
     if free < needed:
         given = f"{path} needs {spelled_size(needed)}, {spelled_size(free)} are free on its disk"
         raise BadRequest.of(where, given, "a path on a disk with room")
 
 
 @contextmanager
-def claimed(path: Path, where: str) -> Iterator[Path]:
+def claimed(path: Path, where: str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside ``path``; what is put there under ``path.name`` gets the final name at the end.
 
-    That may be a file or a folder; it is flushed to the disk first. Raises BadRequest if another process holds the
-    destination or was first, NoRoom if its disk is full. On any error nothing is left.
+    That may be a file or a folder; it is flushed to the disk first. Raises BadRequest if another process
+    holds the destination or was first, NoRoom if its disk is full. On any error nothing is left.
+    ``replace``: put it in the place of a folder that may be there, after whoever else does the same.
     """
     with writing(where, path):
         made = _make_parents(path)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         holder = path.with_name(f".{path.name}.holder")
     try:
-        with _held(lock, holder, path, where), _staging(path, where) as staging:
+        with _held(lock, holder, path, where, wait=replace), _staging(path, where) as staging:
             yield staging
             _flush(staging)
+            if replace and path.is_dir():
+                path.rename(staging / "replaced")
             _publish(staging / path.name, path, where)
     finally:
         _prune(made)
 
 
 @contextmanager
-def _held(lock: FileLock, holder: Path, path: Path, where: str) -> Iterator[None]:
+def _held(lock: FileLock, holder: Path, path: Path, where: str, *, wait: bool) -> Iterator[None]:
     try:
         with writing(where, path):
-            lock.acquire(blocking=False)
+            lock.acquire(blocking=wait)
     except Timeout:
         who = holder.read_text() if holder.is_file() else "another process"
         given = f"{path} is being written by {who}"

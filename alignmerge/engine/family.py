@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROLES = ("base", "anchor", "pretrained")
 ALIAS = re.compile(r"\w[\w.-]*")
 """What an expert may be called: nothing that stands between names elsewhere (``/``, ``@``, ``:``, spaces)."""
+ALIASES = "letters, digits and _ - . (a letter or digit first)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,7 @@ class Family:
             if alias in ROLES:
                 faults.append(Fault(where, "a reserved alias", f"none of {', '.join(ROLES)}"))
             elif ALIAS.fullmatch(alias) is None:
-                faults.append(
-                    Fault(where, "not an alias", "letters, digits and _ - . (a letter or digit first)")
-                )
+                faults.append(Fault(where, "not an alias", ALIASES))
         return faults
 
     def _value_faults(self) -> list[Fault]:
@@ -106,6 +105,10 @@ class Family:
             found["pretrained"] = self.pretrained
         found["anchor"] = self.anchor
         return found | {f"experts.{alias}": reference for alias, reference in self.experts.items()}
+
+    def recipe_of(self, key: str) -> Any:
+        """Return what a model is made by, None for one that is not made here."""
+        return self.recipes.get(self.references()[key].removeprefix("zoo:"))
 
 
 def public(reference: str) -> str:

@@ -1,9 +1,12 @@
 """What is wrong with a request or an input, in one plain line each."""
 
+import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
@@ -14,6 +17,8 @@ NAMED = 3
 FULL = (ENOSPC, EDQUOT, EFBIG)
 FULL_WORDS = ("No space left on device", "Disk quota exceeded", "os error 28")
 """What libraries say that write without Python's own files."""
+PACKAGE_OF = {"sklearn": "scikit-learn", "yaml": "PyYAML", "hydra_plugins": "hydra-submitit-launcher"}
+"""Top-level module -> the package that brings it, where the names differ."""
 UNWRITABLE = (EACCES, EPERM, EROFS, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
 
 
@@ -65,8 +70,7 @@ class NoRoom(Exception):
     @classmethod
     def at(cls, path: Path, needed: str) -> Self:
         """Describe the disk that ``path`` lies on; ``needed`` says how much, e.g. ``2.5 GB``."""
-        there = next(one for one in (path, *path.resolve().parents) if one.exists())
-        free = spelled_size(shutil.disk_usage(there).free)
+        free = spelled_size(shutil.disk_usage(nearest_above(path / "any")).free)
         return cls(f"no room on the disk: {path}: {needed} needed, {free} free; make room and run this again")
 
 
@@ -92,6 +96,20 @@ def writing(where: str, path: Path) -> Iterator[None]:
             raise
         given = f"{error.filename or path} cannot be written ({error.strerror})"
         raise BadRequest.of(where, given, "a place that this user may write to") from None
+
+
+def nearest_above(path: Path) -> Path:
+    """Return the nearest folder above ``path`` that is there, or what stands where it should be."""
+    return next(one for one in path.absolute().parents if os.path.lexists(one))
+
+
+def missing_package(error: ModuleNotFoundError) -> BadRequest:
+    """Say which package an import lacks, with the line that installs it."""
+    module = str(error.name).partition(".")[0]
+    name = PACKAGE_OF.get(module, module)
+    stated = [one.partition(";")[0].strip() for one in metadata.requires("alignmerge") or ()]
+    named = [one for one in stated if re.match(rf"{re.escape(name)}(?![\w.-])", one, re.IGNORECASE)]
+    return BadRequest.of(f"package {name}", "is not installed", f"pip install '{[*named, name][0]}'")
 
 
 def spelled_size(count: float) -> str:

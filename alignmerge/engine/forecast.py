@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ ENOUGH = 3
 """So many finished tasks of a stage tell how long the others take."""
 PRIOR_SECONDS = 30.0
 """How much of a run has to be over for its own pace to weigh as much as recorded times."""
+LEAST_SECONDS = 5.0
+"""So much of a run has to be measured before it tells anything by itself."""
 MINUTE, HOUR = 60, 3600
 
 
@@ -22,6 +25,8 @@ class Stage:
     """How many tasks are to be done."""
     expected: float
     """Seconds of one task, as far as they can be told beforehand."""
+    kind: str = ""
+    """What its tasks do: work of one kind is late or early together."""
     done: int = 0
     seconds: float = 0.0
     """Sum over the tasks that are over."""
@@ -30,9 +35,10 @@ class Stage:
 class Forecast:
     """Counts the tasks of a run and tells the time left; may be called by several threads.
 
-    ``recorded``: whether the stages' expected seconds were measured by earlier runs. If not, they only say how
-    the stages compare, and the pace is this run's own. ``after``: seconds of what follows the last task. All
-    times are those of one clock, in seconds.
+    ``recorded``: whether the stages' expected seconds were measured by earlier runs. If not, the pace is this
+    run's own. What one kind of work has shown tells half of another's (the square root of its pace): a busy
+    machine slows both, but an expectation that was wrong for one says nothing about the other. ``after``:
+    seconds of what follows the last task. All times are those of one clock, in seconds.
     """
 
     def __init__(
@@ -82,37 +88,60 @@ class Forecast:
     def left(self, now: float) -> float | None:
         """Return the seconds that the rest of the run takes; None where nothing tells it yet."""
         with self._lock:
-            pace = self._pace(now)
-            if pace is None:
+            measured = self._measured(now)
+            whole = self._pace(measured.values())
+            if whole is None:
                 return None
-            seconds = 0.0
+            seconds = self.after * math.sqrt(whole)
             for stage in self.stages.values():
-                tasks = float(stage.total - stage.done)
-                if stage is self._stage:
-                    tasks -= sum(share for _, share in self._running.values())
-                each = stage.seconds / stage.done if stage.done >= ENOUGH else stage.expected * pace
-                seconds += tasks * each / max(1, min(self.workers, stage.total - stage.done))
-            return seconds + self.after * pace
+                own = self._pace([measured[stage.kind]]) if stage.kind in measured else None
+                seconds += self._rest_of(stage, own or math.sqrt(whole))
+            return seconds
+
+    def _rest_of(self, stage: Stage, pace: float) -> float:
+        """Return the seconds that the rest of a stage takes."""
+        tasks = float(stage.total - stage.done)
+        if stage is self._stage:
+            tasks -= sum(share for _, share in self._running.values())
+        each = stage.expected * pace
+        if stage.done >= ENOUGH:
+            each = stage.seconds / stage.done
+        return tasks * each / max(1, min(self.workers, stage.total - stage.done))
 
     def line(self, now: float) -> str:
         """Say in one line how far the stage and the run are."""
         stage, left = self._stage, self.left(now)
-        where = f"{stage.name} {stage.done}/{stage.total}; " if stage is not None else ""
-        rest = "not known yet" if left is None else f"about {spelt(left)}"
+        where = ""
+        if stage is not None:
+            where = f"{stage.name} {stage.done}/{stage.total}; "
+        rest = "not known yet"
+        if left is not None:
+            rest = f"about {spelt(left)}"
         return f"{where}whole run {self.done}/{self.total}; {spelt(now - self.started)} gone, left: {rest}"
 
-    def _pace(self, now: float) -> float | None:
-        """Return how many seconds this run takes for an expected one."""
-        prior = PRIOR_SECONDS if self.recorded else 0.0
-        taken = expected = prior
+    def _measured(self, now: float) -> dict[str, tuple[float, float]]:
+        """Return kind of work -> the seconds that this run has taken for some of it, and those expected."""
+        found: dict[str, tuple[float, float]] = {}
         for stage in self.stages.values():
-            taken += stage.seconds
-            expected += stage.expected * stage.done
-        for began, share in self._running.values():
-            if share > 0 and self._stage is not None:
-                taken += now - began
-                expected += self._stage.expected * share
-        return taken / expected if expected > 0 else None
+            taken, expected = stage.seconds, stage.expected * stage.done
+            if stage is self._stage:
+                for began, share in self._running.values():
+                    if share > 0:
+                        taken += now - began
+                        expected += stage.expected * share
+            before = found.get(stage.kind, (0.0, 0.0))
+            if expected > 0:
+                found[stage.kind] = before[0] + taken, before[1] + expected
+        return found
+
+    def _pace(self, measured: Iterable[tuple[float, float]]) -> float | None:
+        """Return how many seconds are taken for an expected one; None where nothing tells it yet."""
+        known = list(measured)
+        taken = sum(one for one, _ in known)
+        expected = sum(one for _, one in known)
+        if self.recorded:
+            return (PRIOR_SECONDS + taken) / (PRIOR_SECONDS + expected)
+        return taken / expected if taken >= LEAST_SECONDS else None
 
 
 def spelt(seconds: float) -> str:

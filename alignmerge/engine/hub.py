@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock
 
-from alignmerge.engine.faults import BadRequest, Fault
+from alignmerge.engine.faults import BadRequest, Fault, NoRoom, disk_full, writing
 from alignmerge.engine.folder import CONFIG, GENERATION, INDEX, TOKENIZER
+from alignmerge.engine.interruption import deaf_to_interrupts
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.progress import end_with_parent
 
@@ -113,12 +114,15 @@ def fetch(reference: Reference, where: str, locks: Path) -> Path:
     """
     if commit_of(reference, where) is not None and (found := local_folder(reference, where)):
         return found
-    locks.mkdir(parents=True, exist_ok=True)
+    with writing("store", locks):
+        locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "hub"):
         commit = commit_of(reference, where)
         print(f"fetching hub:{reference.key}", file=sys.stderr)
         with _network() as pool:
-            folder = pool.submit(_download, reference, commit, where).result()
+            with deaf_to_interrupts():
+                fetched = pool.submit(_download, reference, commit, where)
+            folder = fetched.result()
         if not any(folder.glob(WEIGHTS)):
             given = f"hub:{reference.key} has no safetensors weights"
             raise BadRequest.of(where, given, f"a repository with {WEIGHTS} (pickles are never fetched)")
@@ -136,8 +140,10 @@ def refusals(references: Mapping[str, Reference]) -> list[Fault]:
     for where, reference in references.items():
         asked[where] = partial(_download, reference, commit_of(reference, where), where, FILES[:1])
     with _network() as pool:
+        with deaf_to_interrupts():
+            answered = pool.submit(BadRequest.gathered, asked)
         try:
-            pool.submit(BadRequest.gathered, asked).result()
+            answered.result()
         except BadRequest as error:
             return list(error.faults)
     return []
@@ -163,10 +169,19 @@ def _snapshot(name: str, revision: str, files: Sequence[str] = FILES, *, local_f
     return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only, **wanted))
 
 
+def _cache() -> Path:
+    """Return the folder that the Hub's client keeps its downloads in."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def _download(reference: Reference, commit: str | None, where: str, files: Sequence[str] = FILES) -> Path:
     try:
         return _snapshot(reference.name, commit or reference.revision, files, local_files_only=False)
-    except Exception as error:  # the client raises many kinds, all of which mean: not to be had
+    except Exception as error:  # the client raises many kinds, all others of which mean: not to be had
+        if disk_full(error):
+            raise NoRoom.at(_cache(), "more") from None
         given, allowed = _reason(error, reference, commit)
         raise BadRequest.of(where, f"cannot fetch hub:{reference.key}: {given}", allowed) from None
 
@@ -218,5 +233,7 @@ def _write_lock(commits: Mapping[str, str], where: str) -> None:
         staged.write_text(text, encoding="utf-8")
         staged.replace(LOCK)
     except OSError as error:
+        if disk_full(error):
+            raise NoRoom.at(LOCK, "more") from None
         given, allowed = error.strerror, "a file that records the commit of each Hub reference"
         raise BadRequest.of(f"{where}: {LOCK}", f"cannot be written ({given})", allowed) from None

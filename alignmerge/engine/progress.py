@@ -67,7 +67,9 @@ class Board:
 
     def _events(self) -> Iterator[Event | None]:
         """Yield what is reported until the board closes, and None where nothing is for a while."""
-        while True:
+        while (
+            not self.interrupted
+        ):  # a killed worker may hold the queue, so that the end cannot come through it
             try:
                 event = self.queue.get(timeout=TICK)
             except queue.Empty:
@@ -138,6 +140,11 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def say(line: str) -> None:
+    """Print a line of a result as it is."""
+    OUT.print(line, highlight=False, markup=False)
 
 
 def silent(done: int, total: int) -> None:

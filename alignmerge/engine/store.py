@@ -248,8 +248,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if folder.exists():
             raise Damaged(f"no {MANIFEST}") from None
         raise
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("facts"), dict):
-        raise Damaged(f"{MANIFEST} holds no facts")
+    told = manifest if isinstance(manifest, dict) else {}
+    for part in ("facts", "recipe"):
+        if not isinstance(told.get(part), dict):
+            raise Damaged(f"{MANIFEST} holds no {part}")
     for name, size in manifest.get("files", {}).items():
         _check_size(folder, name, size)
     return manifest

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from alignmerge.engine.faults import BadRequest, NoRoom
+from alignmerge.engine.faults import BadRequest, NoRoom, missing_package
 from alignmerge.engine.keys import plain_fields
 from alignmerge.engine.language import threads
 from alignmerge.engine.merge import Merge
@@ -111,6 +111,8 @@ def measure(cell: Cell, reporter: Reporter) -> None:
             _measure(cell, reporter)
     except (BadRequest, NoRoom):
         raise  # a record of failure would not help, and a full disk has no room for it
+    except ModuleNotFoundError as error:
+        raise missing_package(error) from None
     except Exception as error:
         record = store.failed("cells", cell.recipe, error)
         raise CellFailed(f"{type(error).__name__}: {error} (traceback: {record})") from None

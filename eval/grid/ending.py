@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignmerge.engine.progress import OUT
+from alignmerge.engine.progress import OUT, say
 from eval.grid.experiment import Gates
 from eval.grid.folders import committed, read_manifest, word_of
 from eval.grid.gates import missed
@@ -21,7 +21,7 @@ def conclude(folder: Path, gates: Gates, *, failed: bool) -> None:
     """Print the end of an experiment whose results lie in ``folder``; some of its work may have failed."""
     show(folder)
     for line in verdict(folder):
-        _say(line)
+        say(line)
     _say_gates(gates)
     say_where(folder)
     differs, reference = False, committed(folder.parent, folder.name)
@@ -30,8 +30,8 @@ def conclude(folder: Path, gates: Gates, *, failed: bool) -> None:
         found = agreement(folder, reference)
         differs = bool(found.different)
         for line in said(found, reference):
-            _say(line)
-    _say(f"next: {_next(folder.name, failed=failed, differs=differs)}")
+            say(line)
+    say(f"next: {_next(folder.name, failed=failed, differs=differs)}")
 
 
 def conclude_cell(folder: Path) -> None:
@@ -42,7 +42,7 @@ def conclude_cell(folder: Path) -> None:
 
 def say_where(folder: Path) -> None:
     """Print where the page of a results folder is."""
-    _say(
+    say(
         f"report: {folder}/report.html (beside it table.md with intervals, summary.csv, comparisons.csv, figures/)"
     )
 
@@ -50,7 +50,7 @@ def say_where(folder: Path) -> None:
 def _say_gates(gates: Gates) -> None:
     lines, total = missed(gates), sum(map(len, gates.values()))
     if total:
-        _say(f"gates (dev split): {total - len(lines)} of {total} met")
+        say(f"gates (dev split): {total - len(lines)} of {total} met")
     for line in lines:  # they inform: the run has gone on
         OUT.print(f"gate missed: {line}", style="bold red", highlight=False, markup=False)
 
@@ -64,7 +64,3 @@ def _next(name: str, *, failed: bool, differs: bool) -> str:
     if name == "smoke":
         return "python run.py experiment=tiny"
     return ONE_S_OWN
-
-
-def _say(line: str) -> None:
-    OUT.print(line, highlight=False, markup=False)

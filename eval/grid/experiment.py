@@ -220,7 +220,7 @@ class Experiment:
 
 def _seed_of(zoo: Zoo, key: str) -> int:
     """Return the seed that a model is one of, 0 for one of all seeds; a base brings each seed's lessons with it."""
-    recipe = zoo.family.recipes.get(zoo.family.references()[key].removeprefix("zoo:"))
+    recipe = zoo.family.recipe_of(key)
     shared = key != "base" and not getattr(recipe, "seeded", recipe is not None)
     return 0 if shared else zoo.seed
 

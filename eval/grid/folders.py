@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alignmerge.engine.configuration import choices
+from alignmerge.engine.destination import claimed
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import MANIFEST, write_json
@@ -80,28 +78,9 @@ def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> N
 
     Neither a kill nor another process that does the same leaves half of a folder under that name.
     """
-    staging, old = folder.parent / f".{folder.name}.staging", folder.parent / f".{folder.name}.old"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent):
-        for left in (staging, old):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
-        shutil.copytree(source, staging)
-        write_json(staging / MANIFEST, manifest)
-        if folder.exists():
-            folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out that lock the same folder; nothing is left behind."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    with claimed(folder, "results", replace=True) as staging:
+        shutil.copytree(source, staging / folder.name)
+        write_json(staging / folder.name / MANIFEST, manifest)
 
 
 def word_of(name: str) -> str:

@@ -15,10 +15,14 @@ from eval.grid.experiment import STAGES, Experiment
 from eval.grid.work import SCORES, likely_choice, recorded
 
 STEP_SECONDS = 0.04
-"""Of a training step where no training is recorded. This and the next two only say how the stages compare."""
-PART_SECONDS = 0.4
-"""Of a merge, or of one scorer on one model."""
+"""Of a training step where no training is recorded. This and the next three are those of the tiny families."""
+PART_SECONDS = 0.15
+"""Of one scorer on one model, where none is recorded."""
+MERGE_SECONDS = 0.4
+"""Of merging, writing and loading a model; what a merge's record says is only how long its making took."""
 REPORT_SECONDS = 15.0
+TRAINING, MEASURING = "training", "measuring"
+"""Kinds of work."""
 
 
 def forecast_of(experiment: Experiment, workers: int) -> Forecast:
@@ -28,12 +32,12 @@ def forecast_of(experiment: Experiment, workers: int) -> Forecast:
     means = {str(kind): float(seconds) for kind, seconds in by_kind.items()}
     stages = []
     for name, models in experiment.missing_models():
-        stages.append(Stage(name, len(models), _training(experiment, models, means)))
+        stages.append(Stage(name, len(models), _training(experiment, models, means), TRAINING))
     tests = experiment.reported(likely_choice(experiment)) + experiment.trajectory_cells()
     cells = {"dev": experiment.gate_cells() + experiment.dev_cells(), "test": tests}
     for split, wanted in cells.items():
         missing = experiment.missing(wanted)
-        stages.append(Stage(STAGES[split], len(missing), _measuring(missing, means)))
+        stages.append(Stage(STAGES[split], len(missing), _measuring(missing, means), MEASURING))
     sure = {"models", "merges"} <= means.keys()
     return Forecast(stages, workers, recorded=sure, after=REPORT_SECONDS, now=time.monotonic())
 
@@ -49,15 +53,15 @@ def _measuring(cells: Sequence[Cell], means: Mapping[str, float]) -> float:
     """Return the mean seconds of measuring some cells."""
     seconds = 0.0
     for cell in cells:
-        kinds = [SCORES.format(scorer.name, cell.split) for scorer in cell.scorers]
+        for scorer in cell.scorers:
+            seconds += means.get(SCORES.format(scorer.name, cell.split), PART_SECONDS)
         if cell.merger is not None:
-            kinds.append("merges")
-        seconds += sum(means.get(kind, PART_SECONDS) for kind in kinds)
+            seconds += max(means.get("merges", 0.0), MERGE_SECONDS)
     return seconds / max(1, len(cells))
 
 
 def steps_of(zoo: Zoo, key: str) -> int:
     """Return how many steps a model is trained for; one that is not trained here counts as a step."""
-    recipe: Any = zoo.family.recipes.get(zoo.family.references()[key].removeprefix("zoo:"))
+    recipe: Any = zoo.family.recipe_of(key)
     training = recipe.training if isinstance(recipe, NativeModel) else recipe
     return int(getattr(training, "steps", 1))

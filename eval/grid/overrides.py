@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignmerge.engine.configuration import choices, nearest
-from alignmerge.engine.faults import Fault
-from eval.grid.quoting import for_the_shell, quoted
+from alignmerge.engine.family import ALIAS, ALIASES
+from alignmerge.engine.faults import Fault, missing_package
+from eval.grid.quoting import EXPERTS, for_the_shell, quoted
 from eval.grid.usage import CONF, MODES
 
 FIRST = "first"
@@ -102,6 +103,8 @@ def _composed(overrides: Sequence[str]) -> tuple[DictConfig, Exception | None]:
 
 def _fault(error: Exception, guilty: str, config: DictConfig) -> Fault:
     key, value = _split(guilty)
+    if key.startswith(f"{EXPERTS}.") and ALIAS.fullmatch(key.removeprefix(f"{EXPERTS}.")) is None:
+        return Fault(key, "not an alias", ALIASES)
     if isinstance(error, MissingConfigException):
         return _no_choice(error, key)
     if isinstance(error, OverrideParseException) or not key:
@@ -142,6 +145,8 @@ def _readable(guilty: str, value: str) -> str:
 
 def _no_choice(error: MissingConfigException, key: str) -> Fault:
     missing = str(error.missing_cfg_file)
+    if "submitit" in missing:  # a group that its package brings
+        return missing_package(ModuleNotFoundError(name="hydra_plugins")).faults[0]
     group = key if missing.startswith(f"{key}/") else missing.rpartition("/")[0]
     name = missing.removeprefix(f"{group}/")
     known = {*choices(CONF / group), *(error.options or ())}

@@ -121,8 +121,8 @@ def needs_of(jobs: Sequence[Job], tensors: Tensors, folders: Iterable[str]) -> t
 def _training(family: Family, tensors: Tensors) -> int:
     """Return the peak bytes of training a model of the family; 0 where none is trained."""
     peak = 0
-    for reference in family.references().values():
-        recipe = family.recipes.get(reference.removeprefix("zoo:"))
+    for key in family.references():
+        recipe = family.recipe_of(key)
         if isinstance(recipe, Recipe):
             trained = costs.diagonal_bytes(tensors) // costs.FP32_BYTES
             if recipe.adapter is not None:

@@ -17,10 +17,13 @@ TEXT = "family.chat_template"
 """A key whose value is taken whole, whatever marks and commas it holds."""
 BY_THE_USER = re.compile(r"|null|'.*'|\".*\"", re.S)
 """Texts that are left as they are: nothing, or quoted already."""
-LEFT = re.compile(r"|null|'.*'|\".*\"|\[.*\]|\{.*\}|.*\$\{.*", re.S)
+LEFT = re.compile(r"|null|'.*'|\".*\"|.*\$\{.*", re.S)
 """Values that are left as they are: nothing, quoted by the user, no plain text."""
 BETWEEN = re.compile(r",\s*(?=[\w.-]+\s*:)")
 """Between two entries of a mapping alias -> path; a path may hold a comma."""
+
+
+QUOTES = " '\""
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
@@ -60,7 +63,9 @@ def _with_path(argument: str, sweep: bool) -> str:
 
 def _entry(entry: str) -> str:
     alias, colon, value = entry.partition(":")
-    return f"{alias}: {_path(value.strip())}" if colon else entry
+    if not colon:
+        return entry
+    return f"{alias.strip(QUOTES)}: {_path(value.strip())}"
 
 
 def _path(value: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.configuration import TARGET, build, choices, nearest
 from alignmerge.engine.family import Family
-from alignmerge.engine.faults import BadRequest, Fault, refuse
+from alignmerge.engine.faults import BadRequest, Fault, missing_package, refuse
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Merger
 from alignmerge.engine.store import Store
@@ -25,6 +26,7 @@ from alignmerge.zoo.world import World
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.experiment import Experiment
 from eval.grid.grid import Grid, Row
+from eval.grid.usage import GROUPS
 from eval.scorers.interface import Scorer
 
 Config = Mapping[str, Any]
@@ -55,8 +57,8 @@ def check_parts(config: Config) -> None:
 def _check_keys(config: Config) -> None:
     """Refuse what was added with ``+`` beside the keys that there are."""
     usual = yaml.safe_load((CONF / "config.yaml").read_text())
-    groups = {group for one in usual["defaults"] if isinstance(one, dict) for group in one}
-    known = (usual.keys() | groups) - {"defaults", "hydra", "experiment", "override hydra/job_logging"}
+    plain = {key for key, value in usual.items() if not isinstance(value, (dict, list))}  # no node of Hydra's
+    known = plain.union(GROUPS) - {"experiment"}  # which leaves its parts
     refuse([Fault(key, "unknown key", nearest(key, known)) for key in sorted(set(config) - known)])
 
 
@@ -119,7 +121,20 @@ def _scorers(config: Config) -> list[Scorer]:
         left_out = name in known and isinstance(node, Mapping) and TARGET not in node
         if not left_out:
             makers[name] = partial(build, node, f"scorer.{name}", Scorer)
-    return list(BadRequest.gathered(makers).values())
+    scorers: list[Scorer] = list(BadRequest.gathered(makers).values())
+    _check_packages(scorers)
+    return scorers
+
+
+def _check_packages(scorers: Sequence[Scorer]) -> None:
+    """Refuse a scorer whose package is not installed, before anything is made that it would look at."""
+    faults: list[Fault] = []
+    for name in dict.fromkeys(name for scorer in scorers for name in scorer.packages):
+        try:
+            metadata.version(name)
+        except ModuleNotFoundError as error:
+            faults += missing_package(error).faults
+    refuse(faults)
 
 
 def _family(name: str) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from alignmerge.engine.checkpoint import Checkpoint
-from alignmerge.engine.destination import claimed
+from alignmerge.engine.destination import claimed, free_path
 from alignmerge.engine.language import threads
 from alignmerge.engine.progress import OUT
 from alignmerge.engine.store import write_json
@@ -25,10 +25,14 @@ from eval.scorers.utility import Utility, write_tasks
 
 
 def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out: Path) -> None:
-    """Score a folder, print its table, write ``out`` and lm-eval's task folder beside it.
+    """Score a folder, print its table, write ``out`` and then lm-eval's task folder beside it.
 
-    Raises BadRequest if another process is writing ``out``.
+    Raises BadRequest if another process is writing ``out``, or if there is such a task folder.
     """
+    tasks = _tasks_of(scorers)
+    folder = out.with_suffix(".tasks")
+    if tasks:
+        free_path(folder, "out", outside=zoo.store.root)
     with claimed(out, "out") as staging:
         model.known_as(zoo.digest_of(model.folder, "model")).speaking(zoo.family.chat_template)
         models = zoo.models() if any(scorer.relative for scorer in scorers) else None
@@ -36,7 +40,10 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
         note([*of_tokenizers({"model": model.folder}), *of_template(model.folder, zoo.family.chat_template)])
         means = _means(_samples(subject, scorers))
         _write(staging / out.name, subject, means)
-        _write_tasks(out.with_suffix(".tasks"), subject, scorers)
+    if tasks:
+        with claimed(folder, "out") as staging:
+            write_tasks(staging / folder.name, {name: subject.prompts(name) for name in tasks})
+        OUT.print(f"lm-eval's task folder: {folder}")
     OUT.print(_table(str(model.folder), means))
     OUT.print(f"wrote {out}")
 
@@ -83,12 +90,10 @@ def _write(out: Path, subject: StoreSubject, means: Mapping[str, Mapping[str, fl
     write_json(out, {"weights": subject.identity["weights"], "columns": columns, "setting": setting})
 
 
-def _write_tasks(folder: Path, subject: StoreSubject, scorers: Sequence[Scorer]) -> None:
-    """Write the tasks that lm-eval measured as a folder that its own command line reads."""
+def _tasks_of(scorers: Sequence[Scorer]) -> list[str]:
+    """Return the tasks that lm-eval measures: they are written as a folder that its own command line reads."""
     names: list[str] = []
     for scorer in scorers:
         if isinstance(scorer, Utility):
             names += scorer.tasks
-    if names:
-        write_tasks(folder, {name: subject.prompts(name) for name in names})
-        OUT.print(f"lm-eval's task folder: {folder}")
+    return names

@@ -15,7 +15,7 @@ from alignmerge.engine.configuration import build
 from alignmerge.engine.device import cpu_name, machine_class
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import Merger
-from alignmerge.engine.progress import OUT
+from alignmerge.engine.progress import OUT, say
 from alignmerge.engine.store import NotMade
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.cells import Cell
@@ -235,10 +235,10 @@ def tell(verification: Verification, outcomes: Sequence[Outcome]) -> bool:
     OUT.print(table)
     bad = [one for one in outcomes if one.state in STATES[2:]]
     for one in bad[:NAMED]:
-        _say(f"{one.state}: {one.note}")
+        say(f"{one.state}: {one.note}")
     if len(bad) > NAMED:
-        _say(f"and {len(bad) - NAMED:,} more")
-    _say(_last_line(verification, outcomes, len(bad)))
+        say(f"and {len(bad) - NAMED:,} more")
+    say(_last_line(verification, outcomes, len(bad)))
     return not bad
 
 
@@ -263,7 +263,3 @@ def _count(outcomes: Sequence[Outcome], state: State) -> int:
 def _plain(value: Any) -> Any:
     """Return a recorded field as it was: JSON has no infinity."""
     return float(value) if value in ("inf", "-inf") else value
-
-
-def _say(line: str) -> None:
-    OUT.print(line, highlight=False, markup=False)

@@ -5,9 +5,9 @@ How long follows from the seconds that finished artifacts recorded, scaled by si
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -19,7 +19,7 @@ import pandas as pd
 
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merger import EVERY_OWN, Merger, own
-from alignmerge.engine.store import MANIFEST, NotMade
+from alignmerge.engine.store import MANIFEST, Damaged, NotMade, read_manifest
 from alignmerge.zoo.zoo import Zoo
 from eval.grid.cells import Cell
 from eval.grid.experiment import Chosen, Experiment
@@ -141,7 +141,7 @@ def _models_here(zoo: Zoo) -> dict[tuple[str, int], bool]:
     """Return (key, seed) of each model made here -> whether it is there; one of all seeds has seed 0."""
     folders, found = present(zoo), {}
     for key, reference in zoo.family.references().items():
-        recipe = zoo.family.recipes.get(reference.removeprefix("zoo:"))
+        recipe = zoo.family.recipe_of(key)
         seeded = getattr(recipe, "seeded", recipe is not None)
         if made_here(reference):
             found[key, zoo.seed * seeded] = key in folders
@@ -149,23 +149,28 @@ def _models_here(zoo: Zoo) -> dict[tuple[str, int], bool]:
 
 
 def recorded(root: Path) -> pd.DataFrame:
-    """Return a sample of the times that a store has recorded.
+    """Return a sample of the times that a store has recorded; a damaged artifact tells none.
 
     Columns: kind, family, parameters (NaN where no artifact of the family says them), seconds, machine.
     """
     rows = []
     for stage in STAGES:
         for path in sorted((root / stage).glob(f"*/{MANIFEST}"))[:SAMPLE]:
-            manifest = json.loads(path.read_text())
-            facts, made = manifest["facts"], manifest.get("provenance", {})
-            machine = f"{made.get('system')} {made.get('machine')}"
-            said = map(facts.get, ("family", "parameters", "seconds"))
-            rows.append((_kind(manifest), *said, machine))
+            with suppress(
+                Damaged, FileNotFoundError
+            ):  # whoever needs it makes it again, or has just dropped it
+                rows.append(_time_of(read_manifest(path.parent)))
     times = pd.DataFrame(rows, columns=["kind", "family", "parameters", "seconds", "machine"])
     times = times.dropna(subset=["kind", "family", "seconds"]).reset_index(drop=True)
     times = times.astype({"parameters": float, "seconds": float})
     times["parameters"] = times.groupby("family")["parameters"].transform("max")
     return times
+
+
+def _time_of(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    facts, made = manifest["facts"], manifest.get("provenance", {})
+    machine = f"{made.get('system')} {made.get('machine')}"
+    return (_kind(manifest), *map(facts.get, ("family", "parameters", "seconds")), machine)
 
 
 def times_for(times: pd.DataFrame, kinds: Iterable[str], family: str, size: int | None) -> pd.DataFrame:

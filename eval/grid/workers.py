@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from alignmerge.engine.forecast import Forecast
+from alignmerge.engine.interruption import deaf_to_interrupts
 from alignmerge.engine.progress import Board, connect, end_with_parent
 
 
@@ -59,7 +58,7 @@ class Workers:
         if not tasks:
             return failures
         futures: dict[Future[None], str] = {}
-        with _deaf_to_interrupts():
+        with deaf_to_interrupts():
             board, pool = self._start()
             for label, function, arguments in tasks:
                 futures[pool.submit(work, function, *arguments, board.reporter(label))] = label
@@ -94,22 +93,6 @@ class Workers:
     def _stop(self) -> None:
         self._started = None
         self._open.close()
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Let processes that start meanwhile ignore Ctrl-C from their first moment: they inherit what is ignored.
-
-    A terminal sends it to the whole group; the first process then ends the others.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signals
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def work(function: Callable[..., None], *arguments: Any) -> None:

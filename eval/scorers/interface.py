@@ -87,8 +87,11 @@ class Scorer(ABC):
     """What ``score`` reads through ``Subject.context``."""
     kept_sides: ClassVar[tuple[str, ...]] = ()
     """Sides (``input``, ``output``) of the Kronecker factors whose eigenbases it keeps in the store."""
-    packages: ClassVar[tuple[str, ...]] = ()
-    """Optional packages that compute its numbers: their versions are part of the key."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Optional packages that compute its numbers: they must be installed, and their versions are in the key."""
+        return ()
 
     @abstractmethod
     def score(self, subject: Subject) -> Iterable[Sample]:

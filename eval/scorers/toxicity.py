@@ -62,6 +62,11 @@ class Toxicity(Scorer):
         if faults:
             raise BadRequest(faults)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Detoxify where it is the backend."""
+        return ("detoxify",) if self.backend == "detoxify" else ()
+
     def _faults(self) -> Iterator[Fault]:
         if self.backend not in BACKENDS:
             yield Fault("scorer.toxicity.backend", repr(self.backend), " or ".join(BACKENDS))

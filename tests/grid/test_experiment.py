@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -31,6 +33,7 @@ from alignmerge.engine.store import Store
 from eval.grid.cells import Cell, measure
 from eval.scorers.judge import ENCODER, HUMAN
 from eval.scorers.toxicity import BILSTM, LINEAR
+from tests.kills.kills import alive
 
 PLACE = "smoke, seed 0"
 UNMERGED = ["base", "anchor", "expert:arithmetic", "expert:format"]
@@ -470,37 +473,6 @@ def test_every_setting_of_a_swept_row_is_reported(at: Smoke, tmp_path: Path) -> 
     assert call(*chosen, "mode=status").out.splitlines()[-1] == "8 done, 0 failed, 0 missing"
 
 
-def alive(group: int) -> list[str]:
-    """Return the processes of a group that still run (what nobody has reaped does not)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, _, of, *_ = stat.read_text().rpartition(") ")[2].split()
-            if of == str(group) and state != "Z":
-                found.append(stat.parent.name)
-    return found
-
-
-def killed(folder: Path, words: list[str], when: Callable[[Path], bool]) -> None:
-    """Start a run, kill its first process when the store looks so, and wait until its workers are gone too."""
-    process = start(*words, folder=folder)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not when(folder / "store"):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert len(alive(process.pid)) > 1
-        process.kill()
-        process.communicate()
-        while alive(process.pid):
-            assert time.monotonic() < deadline, "workers outlive the run"
-            time.sleep(0.1)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def in_training(store: Path) -> bool:
     """Whether the base is made and another model is under way."""
     return any((store / "models").glob("*/manifest.json")) and any((store / ".staging").glob("models-*"))
@@ -536,24 +508,50 @@ def test_ctrl_c_ends_all_work_within_two_seconds_in_one_line(
     whole(tmp_path / "store")
 
 
-def test_run_that_is_killed_twice_is_finished_by_the_third(
-    smoke: Smoke, packages: Path, tmp_path: Path
-) -> None:
-    words = own_experiment(tmp_path / "conf", average={"method": "average"}, ties={"method": "ties"})
-    store = linked(packages, tmp_path / "store", ["assets"])
-    killed(tmp_path, words, in_training)
-    assert list((store / ".staging").glob("models-*"))  # it was in the middle of it
-    whole(store)
-    killed(tmp_path, words, lambda at: len(list((at / "replies").glob("*"))) >= 3)
-    kept = whole(store)
-    assert not (tmp_path / "results").exists()
-    result = launch(*words, folder=tmp_path, seconds=SECONDS)
-    assert result.code == 0, result.err
-    assert set(kept) <= {*whole(store), *(name for name in kept if name.startswith("weights/"))}
-    assert not list((store / ".staging").iterdir())
-    wanted = {(x["row"], x["column"]): x for x in table(smoke.folder / "summary.csv")}
-    lines = table(tmp_path / "results" / "small" / "summary.csv")
-    assert {line["row"] for line in lines} == {*UNMERGED, "average", "ties"}
-    for line in lines:
-        if line["row"] != "ties":  # the smoke run reports another density
-            assert line == wanted[line["row"], line["column"]]
+def test_kills_at_any_moment_cost_nothing_and_two_runs_at_once_agree(smoke: Smoke) -> None:
+    """The short form of ``make test-kills``: a kill each in training, merging, scoring and reporting."""
+    command = [sys.executable, "-m", "tests.kills.kills", "--kills", "4", "--lender", str(smoke.store)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, whole, pair = done.stdout.splitlines()
+    assert re.fullmatch(r"all +4 +\d +0 +4", whole) and pair == "two runs at once: the same digests as of one"
+
+
+@pytest.fixture
+def small_disk(smoke: Smoke, tmp_path: Path) -> Iterator[Path]:
+    """Mount a tmpfs; packages are lent by another store."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        linked(smoke.store, folder / "store", ["assets", "calibration"])
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def resized(disk: Path, room: int) -> None:
+    """Leave so many kilobytes on a tmpfs free."""
+    used = shutil.disk_usage(disk).used // 1024
+    subprocess.run(["mount", "-o", f"remount,size={used + room}k", str(disk)], check=True)
+
+
+MADE = {"training": "models", "merging": "weights", "scoring": "replies", "reporting": "reports"}
+
+
+def test_a_full_disk_is_one_line_at_every_stage_and_the_store_heals(small_disk: Path, tmp_path: Path) -> None:
+    """A model has 570 kB, and so has a merge; replies and scores have some, a report 140."""
+    store, results = small_disk / "store", small_disk / "results"
+    words = [*own_experiment(tmp_path / "conf", ties={"method": "ties"}), "workers=1", f"store={store}"]
+    words.append(f"results={results}")
+    for room in (300, 2500, 100, 100):
+        resized(small_disk, room)
+        ended = launch(*words, folder=tmp_path, seconds=SECONDS)
+        print(room, ended.code, ended.err, [x.name for x in store.iterdir()])
+        whole(store)
+    resized(small_disk, 20_000)
+    assert launch(*words, folder=tmp_path, seconds=SECONDS).code == 0
+    assert 0
