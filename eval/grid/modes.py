@@ -78,8 +78,8 @@ def run(config: Config) -> int:
         failures = experiment.make_models(workers)
         if failures:
             return _end(failures)
-        failures = experiment.make(workers, [*experiment.gate_cells(), *experiment.dev_cells()])
-        choice = choose(experiment, experiment.read(experiment.dev_cells()))
+        failures = experiment.make(workers, experiment.dev_split())
+        choice = choose(experiment, experiment.read(experiment.choice_cells()))
         cells = experiment.reported(choice.mergers)
         failures += experiment.make(workers, [*cells, *experiment.trajectory_cells()])
     findings = _findings(experiment, choice)
@@ -123,10 +123,10 @@ def verify(config: Config) -> int:
 def status(config: Config) -> int:
     """List what is done, failed and missing."""
     experiment = experiment_of(config)
-    cells, finished = [*experiment.gate_cells(), *experiment.dev_cells()], set()
+    cells, finished = experiment.dev_split(), set()
     try:
         chosen = finished_choice(experiment).mergers
-        finished = {cell.label for cell in experiment.dev_cells()}  # which it has read
+        finished = {cell.label for cell in experiment.choice_cells()}  # which it has read
         cells += [*experiment.reported(chosen), *experiment.trajectory_cells()]
     except NotMade:
         cells += experiment.identity_cells("test", experiment.scorers)
