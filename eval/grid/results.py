@@ -18,7 +18,7 @@ from eval.grid.cells import CellResult
 from eval.grid.experiment import Experiment, Gates
 from eval.grid.folders import replace_folder
 from eval.grid.gates import marks, missed
-from eval.grid.grid import AT
+from eval.grid.grid import AT, MATCHED, NEAR, spell
 from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
 from eval.grid.selection import Choice
 from eval.report.supplement import Supplement
@@ -98,7 +98,8 @@ class Findings:
 
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)
-        notes += _notes_on_settings(self.experiment) + _notes_on_judge(self.experiment) + _notes_on_kernels()
+        notes += _notes_on_settings(self.experiment) + _notes_on_choice(self.experiment, self.choice)
+        notes += _notes_on_judge(self.experiment) + _notes_on_kernels()
         notes += [f"Gate missed: {line}." for line in missed(self.gates)]
         have = {(one.cell.family, one.cell.row) for one in self.rows}
         absent = []
@@ -142,14 +143,49 @@ def _notes_on_settings(experiment: Experiment) -> list[str]:
     if count:
         seed = f" of seed {experiment.zoos[0].seed}" if grid.seeds > 1 else ""
         notes.append(
-            f"Each tuned row: {count} settings tried on the dev split{seed}, the one with the highest refusal_rate - "
-            "over_refusal_rate + mean(instruction_following, reasoning) is reported on the test split; "
-            f"'/matched' rows take the setting with the dev refusal rate nearest to {grid.matched_refusal:g}."
+            f"Each tuned row: {count} settings tried on the dev split{seed}, the one with the highest harmonic mean of "
+            "safety (refusal rate - over-refusal rate, at least 0) and utility (mean over tasks of the score relative "
+            "to the best expert's, at most 1) is reported on the test split."
         )
     else:
         notes.append("Nothing is selected on the dev split: every row stands at a setting that the grid gives.")
     if any(row.swept for row in grid.rows.values()):
         notes.append(f"Swept rows report every setting on the test split, each as ROW{AT}FIELD=VALUE.")
+    return notes
+
+
+def _notes_on_choice(experiment: Experiment, choice: Choice) -> list[str]:
+    """Say which reading an alias is, whose setting controls take over, and what was not eligible or not reached."""
+    rows, notes = experiment.grid.rows, []
+    for name, row in rows.items():
+        if row.best_of:
+            found = [f"{of[name]} ({family})" for family, of in choice.readings.items() if name in of]
+            notes.append(
+                f"{name} is the better of {', '.join(row.best_of)} on dev: {', '.join(found) or 'neither'}."
+            )
+        if row.like:
+            notes.append(f"{name}: the setting selected of {row.like}, with {spell(row.fixed)}.")
+    if choice.matched is not None:
+        target = f"{experiment.grid.matched_refusal:g}, at most {NEAR:g} away"
+        notes.append(f"'{MATCHED}' rows: the setting with the dev refusal rate nearest to {target}.")
+        for line in choice.matched[~choice.matched["reached"]].to_dict("records"):
+            nearest = f"the nearest dev refusal rate is {line['dev']:.3f}"
+            notes.append(f"{line['row']} ({line['family']}): not reached; {nearest}.")
+    return notes + _notes_on_excluded(choice)
+
+
+def _notes_on_excluded(choice: Choice) -> list[str]:
+    """Say how many settings of each row were not eligible in a family, and why the first was not."""
+    if choice.points is None:
+        return []
+    notes = []
+    excluded = choice.points[choice.points["excluded"] != ""]
+    tried = choice.points.groupby(["family", "row"]).size()
+    for (family, row), lines in excluded.groupby(["family", "row"], sort=False):
+        reason = lines["excluded"].iloc[0]
+        notes.append(
+            f"{row} ({family}): {len(lines)} of {tried[family, row]} settings not eligible ({reason})."
+        )
     return notes
 
 

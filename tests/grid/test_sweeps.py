@@ -154,6 +154,8 @@ def test_every_swept_setting_is_measured_on_test_with_its_own_method(experiment:
 class Dev:
     """A cell as measured on the dev split, refusals alone telling the settings apart."""
 
+    merge = None
+
     def __init__(self, cell: Cell, refusals: float) -> None:
         self.cell = cell
         values = {
@@ -166,7 +168,9 @@ class Dev:
 
 
 def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Experiment) -> None:
-    measured: list[Any] = [Dev(cell, 0.9 if "3" in cell.setting else 0.55) for cell in experiment.dev_cells()]
+    measured: list[Any] = [
+        Dev(cell, 0.9 if "3" in cell.setting else 0.55) for cell in experiment.choice_cells()
+    ]
     choice = choose(experiment, measured)
     mergers = choice.mergers["smoke"]
     assert set(mergers) == set(experiment.grid.row_names())
