@@ -173,7 +173,8 @@ def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Expe
     ]
     choice = choose(experiment, measured)
     mergers = choice.mergers["smoke"]
-    assert set(mergers) == set(experiment.grid.row_names())
+    unreached = {"alignmerge/matched"}  # both of its settings refuse .9, wanted .6
+    assert set(mergers) == set(experiment.grid.row_names()) - unreached
     assert choice.points is not None and set(choice.points["row"]).isdisjoint({"ties", "alignmerge/samples"})
     selected: Any = mergers["task_arithmetic"]
     near: Any = mergers["interpolate/matched"]
