@@ -3,24 +3,29 @@
 From theta*, the exact minimiser of Q = L_geo + lambda_align L_align, the merge moves to theta* + X z,
 where Q rises by z^T M z, M = X^T (G + lambda_align H) X. Each step linearises A at the current z, A(z')
 = A + g^T (z' - z), and solves z^T M z + lambda_bud max(0, A_min - A(z))^2 exactly: z' = mu M^-1 g. M is
-measured in units of V, L_geo's floor, so that lambda_bud has none: V is the experts' own spread. arXiv
-2512.16245 names the term; form and solver are ours (docs/method.md).
+measured in units of V, the mean ||theta_k - start||^2_G of anchor and experts, so that lambda_bud has none.
+arXiv 2512.16245 names the term; form and solver are ours (docs/budget.md).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignmerge.engine.merger import Probes, block_of
+from alignmerge.engine.merger import MergeContext, Probes, block_of
+from alignmerge.engine.store import write_json
 from alignmerge.meter import Alignment, Meter
 from alignmerge.objective import hinge_multiplier, l_bud
 from alignmerge.quadratic import Quadratic
-from alignmerge.spaces import Coefficients, Space
+from alignmerge.spaces import STAYS, Coefficients, Displacement, Space
 
+VERSION = 1  # of the anchor's A: raised when its numbers change
 STEPS = 5
 HALVINGS = 6  # how often a step that does not lower the objective is halved, for a forward pass each
 STATIONARY = 1e-3  # relative distance from z to the minimiser of its own linearisation at the end
@@ -37,8 +42,8 @@ class Spent(NamedTuple):
     trace: list[dict[str, float]]
 
 
-def budgeted(quadratic: Quadratic) -> dict[str, Tensor]:
-    """Return how far the budget moves each matrix from theta*, (d_out, d_in) fp32; record how it went.
+def budgeted(quadratic: Quadratic) -> Displacement:
+    """Return how far the budget moves the merge from theta*; record how it went.
 
     Raises:
         BadRequest: if the corpus has no selection probes.
@@ -67,7 +72,7 @@ def budgeted(quadratic: Quadratic) -> dict[str, Tensor]:
     if isinstance(space, Coefficients) and spent.z is not None:
         facts["coefficients"] = space.table(spent.z, ctx.models.aliases)
     ctx.record(budget=facts)
-    return {} if spent.z is None else space.displacement(spent.z)
+    return STAYS if spent.z is None else Displacement(spent.z, space.displacement(spent.z))
 
 
 def spend(functional: Alignment, space: Space, a_min: float, lambda_bud: float) -> Spent:
@@ -113,6 +118,20 @@ def _least(quadratic: Quadratic, probes: Probes) -> tuple[float, dict[str, float
     ctx, method = quadratic.ctx, quadratic.method
     if method.a_min is not None:
         return method.a_min, {}
-    meter = Meter(ctx.loaded(ctx.models.anchor), probes)
-    value, deviation = meter.value(), meter.deviation()
-    return value - method.kappa * deviation, {"a_anchor": value, "deviation": deviation}
+    anchor = anchor_aqi(ctx, probes)
+    return anchor["a_anchor"] - method.kappa * anchor["deviation"], anchor
+
+
+def anchor_aqi(ctx: MergeContext, probes: Probes) -> dict[str, float]:
+    """Return the anchor's A with its bootstrap deviation, an artifact that all budgets share."""
+    anchor = ctx.models.anchor
+    seen = hashlib.sha256(json.dumps(probes).encode()).hexdigest()
+
+    def make(folder: Path) -> None:
+        meter = Meter(ctx.loaded(anchor), probes)
+        value = meter.value()
+        write_json(folder / "aqi.json", {"a_anchor": value, "deviation": meter.deviation()})
+
+    artifact = ctx.cached("probed", {"of": anchor.identity, "probes": seen, "version": VERSION}, make)
+    found: dict[str, float] = json.loads((artifact.path / "aqi.json").read_text())
+    return found

@@ -17,33 +17,31 @@ from alignmerge.subspace import Shield, energies, sample_eigenpairs
 CERTIFIED_RANK = 16  # energy ratios are those in so many top directions where S_A is the whole space
 
 
+class Geometry(NamedTuple):
+    """What L_geo is: its weights on the pool, and its minimiser where that is not the weighted mean."""
+
+    shares: Sequence[float]  # lambda_k of anchor and experts; none: L_geo is the distance to ``centre`` alone
+    centre: Tensor | None = None  # (d_out, d_in)
+
+
 def certify(
-    shield: Shield,
-    block: Block,
-    delta: Tensor,
-    reference: str,
-    lambda_align: float,
-    weights: Sequence[float] | None = None,
-    centre: Tensor | None = None,
+    shield: Shield, block: Block, delta: Tensor, reference: str, lambda_align: float, geometry: Geometry
 ) -> dict[str, float]:
     """Certificate of one matrix in the shield's own metric (Kronecker); the manifest holds the sums.
 
     ``gradient`` is ||grad / 2||^2 of L_geo + lambda L_align at the solution (in the bases'
-    coordinates), and ``gradient_scale`` the same of L_align's pull alone at the barycentre. Their ratio
-    is a relative error or, where an AQI budget has moved the merge, the pull of the budget.
+    coordinates), and ``gradient_scale`` the same of L_align's pull alone at the minimiser of L_geo. Their
+    ratio is a relative error or, where an AQI budget has moved the merge, the pull of the budget.
 
     ``delta`` is the solution d, (d_out, d_in), whose coordinates are taken anew; ``reference`` is
-    ``anchor`` or ``base``; ``weights`` are lambda_k of sum 1 (None: uniform); ``centre`` is the
-    minimiser of L_geo, (d_out, d_in), where it is not the weighted mean of the deltas.
+    ``anchor`` or ``base``.
     """
     rho, solution = shield.rho, shield.coefficients(delta)
     pool = list(map(shield.coefficients, block.deltas))
-    mean = average(pool, weights)
-    start = mean if centre is None else shield.coefficients(centre)
-    goal = pool[0] if reference == "anchor" else torch.zeros_like(mean)
-    floor = l_geo(mean, pool, _squared, weights)
+    start, floor, value = _geometry(shield, solution, pool, geometry)
+    goal = pool[0] if reference == "anchor" else torch.zeros_like(start)
     facts = {
-        "l_geo": floor + _squared(solution - mean),  # sum_k lambda_k ||d - Delta_k||^2 about the mean
+        "l_geo": value,
         "l_geo_floor": floor,
         "l_align": energies(solution - goal, rho).weighted,
         "gradient": _squared(_gradient(rho, lambda_align, solution - goal, solution - start)),
@@ -51,6 +49,20 @@ def certify(
         "top_rho": float(rho.max()),
     }
     return facts | _lengths(shield, solution, pool)
+
+
+def _geometry(
+    shield: Shield, solution: Tensor, pool: Sequence[Tensor], geometry: Geometry
+) -> tuple[Tensor, float, float]:
+    """Return coordinates of L_geo's minimiser, its floor, and its value at the solution."""
+    if not geometry.shares:
+        assert geometry.centre is not None
+        start = shield.coefficients(geometry.centre)
+        return start, 0.0, _squared(solution - start)
+    mean = average(pool, geometry.shares)
+    start = mean if geometry.centre is None else shield.coefficients(geometry.centre)
+    floor = l_geo(mean, pool, _squared, geometry.shares)
+    return start, floor, floor + _squared(solution - mean)  # sum_k lambda_k ||d - Delta_k||^2 about the mean
 
 
 def _lengths(shield: Shield, solution: Tensor, pool: Sequence[Tensor]) -> dict[str, float]:

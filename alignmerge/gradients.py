@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from alignmerge.engine.examples import Batch, Example, batches
 from alignmerge.engine.views import views_of
+from alignmerge.spaces import blocks_of
 
 Labels = Literal["data", "sampled"]
 VERSION = 2  # raised when a statistic's numbers change, even by rounding: part of each key that uses one
@@ -289,39 +290,49 @@ def kronecker_factors(
 
 
 class Gram(NamedTuple):
-    """Sample-space view of the gradients in a metric."""
+    """Sample-space view of the gradients in a metric, by block: sums over blocks are those of all weights."""
 
-    kernel: Tensor  # K = J G^-1 J^T, (n, n) float64
-    along: Tensor  # J x, (n,) float64
+    kernel: Tensor  # J_b G_b^-1 J_b^T, (blocks, n, n) float64, in the order of ``spaces.blocks_of``
+    along: Tensor  # J_b x_m, (blocks, n, columns) float64
 
 
-def gram(
-    model: Any, examples: Sequence[Example], inverse_metric: Part, direction: Part, **options: Any
-) -> Gram:
-    """Accumulate K and J x layer by layer from the diagonal of G^-1 and from x."""
+def gram(model: Any, examples: Sequence[Example], inverse_metric: Part, columns: Part, **options: Any) -> Gram:
+    """Accumulate K and J x layer by layer from the diagonal of G^-1 and from some x.
+
+    ``columns``: weight name -> its parts of each x, (columns, d_out, d_in).
+    """
     visits: dict[str, list[Visit]] = defaultdict(list)
     visit_gradients(model, examples, lambda visit: visits[visit.name].append(visit), **options)
     order = list(chain.from_iterable(visit.examples for visit in next(iter(visits.values()))))
-    n = len(order)
-    total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    parts: dict[str, Tensor] = {}
+    blocks, n = blocks_of(sorted(visits)), len(order)
+    block_of = {name: block for block, names in blocks.items() for name in names}
     for name in sorted(visits, key=lambda name: (visits[name][0].owner, name)):
-        x, root = direction(name), inverse_metric(name).sqrt()
-        total += _kernel(visits.pop(name), root.expand_as(x), x / root)
-    place = torch.tensor([*order, n]).argsort()
-    total = total[place][:, place]
-    return Gram(total[:n, :n].contiguous(), total[:n, n].contiguous())
+        x, root = columns(name), exact_root(inverse_metric(name))
+        part = _kernel(visits.pop(name), root.expand_as(x[0]), x / root)
+        block = block_of[name]
+        parts[block] = parts[block] + part if block in parts else part
+    total = torch.stack([parts[block] for block in blocks])
+    place = torch.tensor([*order, *range(n, total.shape[1])]).argsort()
+    total = total[:, place][:, :, place]
+    return Gram(total[:, :n, :n].contiguous(), total[:, :n, n:].contiguous())
+
+
+def exact_root(x: Tensor) -> Tensor:
+    """Square roots of fp32 numbers, correctly rounded: torch's own in fp32 depend on the CPU."""
+    return x.double().sqrt().float()
 
 
 def _kernel(visits: Sequence[Visit], root: Tensor, y: Tensor) -> Tensor:
-    """Z Z^T (n + 1, n + 1) float64 of one matrix: the rows of Z are G_i * root, and y (d_out, d_in)."""
-    n, (height, width) = sum(len(visit.examples) for visit in visits), y.shape
-    total = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    rows = min(max(1, TILE // ((n + 1) * width)), height)
-    room = torch.empty((n + 1) * rows * width)
+    """Z Z^T (n + m, n + m) float64 of one matrix: the rows of Z are G_i * root, and y (m, d_out, d_in)."""
+    n, (columns, height, width) = sum(len(visit.examples) for visit in visits), y.shape
+    total = torch.zeros(n + columns, n + columns, dtype=torch.float64)
+    rows = min(max(1, TILE // ((n + columns) * width)), height)
+    room = torch.empty((n + columns) * rows * width)
     for first in range(0, height, rows):
         cut = slice(first, min(first + rows, height))
-        z = room[: (n + 1) * (cut.stop - cut.start) * width].view(n + 1, -1, width)
-        z[n] = y[cut]
+        z = room[: (n + columns) * (cut.stop - cut.start) * width].view(n + columns, -1, width)
+        z[n:] = y[:, cut]
         done = 0
         for visit in visits:
             part = z[done : done + len(visit.examples)]

@@ -1,23 +1,37 @@
-"""The Kronecker estimator: a generalised eigenproblem for each side of each matrix."""
+"""The Kronecker estimator: a generalised eigenproblem for each side of each matrix.
+
+With both sides the factors are those of a Fisher (K-FAC). One side alone is an approximation: the output side
+has gradients; the input side has none, and is second moments of activations, not a Fisher.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignmerge.certificate import certify
+from alignmerge.certificate import Geometry, certify
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from alignmerge.engine.merger import Block, MergeContext, Rule
 from alignmerge.engine.seeding import torch_stream
 from alignmerge.fisher import PRECISION
-from alignmerge.gradients import VERSION, Side, kronecker_factors
+from alignmerge.gradients import VERSION, Side, exact_root, kronecker_factors
 from alignmerge.quadratic import Quadratic
-from alignmerge.spaces import Coefficients, Directions, Space, Tensors, block_metric, blocks_of
+from alignmerge.spaces import (
+    STAYS,
+    Coefficients,
+    Directions,
+    Displacement,
+    Space,
+    Tensors,
+    block_metric,
+    blocks_of,
+)
 from alignmerge.subspace import Basis, Scale, Shield, common_scale, generalised_basis, turned
 
 if TYPE_CHECKING:
@@ -51,45 +65,59 @@ class Kronecker(Quadratic):
 
     def solution(self, block: Block) -> Tensor:
         """Return theta* of one view."""
-        return self._merged(block, {}, certified=False)
+        return self._merged(block, STAYS, certified=False)
 
-    def rule(self, moved: Tensors) -> Rule:
+    def rule(self, moved: Displacement) -> Rule:
         """Return the rule of the merge."""
         return lambda block: self._merged(block, moved, certified=self.method.certificate)
 
-    def _merged(self, block: Block, moved: Tensors, *, certified: bool) -> Tensor:
+    def _merged(self, block: Block, moved: Displacement, *, certified: bool) -> Tensor:
         method, merged = self.method, self.soup(block)
         if block.name not in self.names:
             return merged
         shield, centre, reference = self.shield(block.name), merged - block.base, self.reference(block)
         delta = reference + shield.shrink(centre - reference, method.lambda_align)
-        if block.name in moved:
-            delta = delta + moved[block.name]
+        if block.name in moved.tensors:
+            delta = delta + moved.tensors[block.name]
         if certified:
-            known = None if method.metric == "shared" else centre
-            facts = certify(shield, block, delta, method.reference, method.lambda_align, self.weights, known)
+            facts = certify(shield, block, delta, method.reference, method.lambda_align, self._geometry(centre))
             self.ctx.record_block(block.name, **facts)
         return block.base + delta
 
     def space(self, directions: Directions) -> Space:
         """Return merge coefficients by decoder layer, or the coordinates in each S_A."""
-        lambda_align = self.method.lambda_align
+        lambda_align, unit = self.method.lambda_align, self.unit()
         if self.method.space == "subspace":
             views = self.ctx.models.base.views
             shapes = {name: views[name].shape for name in self.names}
-            return ShieldSpace(self.shield, shapes, lambda_align, self.floor())
+            return ShieldSpace(self.shield, shapes, lambda_align, unit)
         blocks = blocks_of(self.names)
 
-        def stiff(name: str) -> Tensor:
+        def weighted(name: str, weight: Callable[[Tensor], Tensor]) -> Tensor:
             shield = self.shield(name)
-            root = (1 + lambda_align * shield.rho).sqrt()
+            root = exact_root(weight(shield.rho))
             return torch.stack([(shield.coefficients(x) * root).flatten() for x in directions(name)])
 
-        return Coefficients(blocks, directions, block_metric(blocks, stiff) / self.floor())
+        def metric(weight: Callable[[Tensor], Tensor]) -> Tensor:
+            return block_metric(blocks, partial(weighted, weight=weight)) / unit
+
+        if math.isinf(lambda_align):
+            return Coefficients(blocks, directions, metric(torch.ones_like), metric(_inside))
+        return Coefficients(blocks, directions, metric(lambda rho: 1 + lambda_align * rho))
 
     def coordinates(self, name: str) -> Callable[[Tensor], Tensor]:
         """Return what maps a difference to its coefficients in the bases."""
         return self.shield(name).coefficients
+
+    def _geometry(self, centre: Tensor) -> Geometry:
+        """Say what L_geo is, given its minimiser in one matrix."""
+        if self.start is not None:
+            return Geometry((), centre)
+        return Geometry(self.shares(), None if self.plain else centre)
+
+
+def _inside(rho: Tensor) -> Tensor:
+    return (rho > 0).to(rho.dtype)
 
 
 class ShieldSpace(NamedTuple):
@@ -98,7 +126,7 @@ class ShieldSpace(NamedTuple):
     shield: Callable[[str], Shield]  # of a matrix, by its name
     shapes: Mapping[str, tuple[int, ...]]  # (d_out, d_in), by name
     lambda_align: float
-    floor: float  # V
+    unit: float  # V
 
     def pull(self, gradient: Tensors) -> Tensor:
         """X^T gradient."""
@@ -108,7 +136,7 @@ class ShieldSpace(NamedTuple):
     def solve(self, pull: Tensor) -> Tensor:
         """M^-1 pull."""
         rho = torch.cat([shield.rho.expand(inside.shape)[inside] for _, shield, inside in self._parts()])
-        return self.floor * pull / (1 + self.lambda_align * rho)
+        return self.unit * pull / (1 + self.lambda_align * rho)
 
     def displacement(self, z: Tensor) -> dict[str, Tensor]:
         """X z."""

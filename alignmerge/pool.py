@@ -17,11 +17,15 @@ from alignmerge.engine.store import write_json
 from alignmerge.fisher import fisher
 from alignmerge.gradients import VERSION, nll
 
+POOLS = {"all": slice(None), "experts": slice(1, None)}
+"""``pool`` -> which of anchor and experts L_geo runs over, in pool order."""
 RULES = ("uniform", "inverse_fisher", "validation", "given")
 
 
-def pool_weights(ctx: MergeContext, rule: str, given: Sequence[float] = ()) -> dict[str, float] | None:
-    """Return alias -> lambda_k of sum 1, in pool order; None where all are equal.
+def pool_weights(
+    ctx: MergeContext, rule: str, given: Sequence[float] = (), pool: str = "all"
+) -> dict[str, float] | None:
+    """Return alias -> lambda_k of sum 1, in pool order, of the models of ``POOLS``; None where all are equal.
 
     The paper's sentence on lambda_k is cut off in every copy seen ("proportionally to a ..."), so the
     rules are ours. ``inverse_fisher``: 1 / ||Delta_k||_G, G the diagonal Fisher at theta_IT on the
@@ -33,7 +37,8 @@ def pool_weights(ctx: MergeContext, rule: str, given: Sequence[float] = ()) -> d
         BadRequest: if there are not as many numbers as models.
         ArithmeticError: if a model of the pool equals theta_IT: its weight would be infinite.
     """
-    models = dict(zip(ctx.models.aliases, ctx.models.pool, strict=True))
+    everyone = zip(ctx.models.aliases, ctx.models.pool, strict=True)
+    models = dict(list(everyone)[POOLS[pool]])
     if rule == "uniform":
         return None
     if rule == "given":

@@ -1,7 +1,8 @@
-"""The sample estimator: the exact dual over examples, from one Gram matrix."""
+"""The sample estimator: the exact dual over examples, from one Gram matrix for each decoder layer."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from alignmerge.certificate import Moved, certify_samples
-from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
+from alignmerge.engine.checkpoint import load_tensors, save_tensors
 from alignmerge.engine.examples import Example
 from alignmerge.engine.merger import Block, MergeContext, Rule, block_of
 from alignmerge.engine.seeding import torch_stream
+from alignmerge.engine.store import Artifact
 from alignmerge.fisher import PRECISION, damped, fisher, mean_value
-from alignmerge.gradients import VERSION, Part, Visit, gram, visit_gradients, weighted_sum
+from alignmerge.gradients import VERSION, Gram, Part, Visit, exact_root, gram, visit_gradients, weighted_sum
 from alignmerge.quadratic import Quadratic
-from alignmerge.spaces import Coefficients, Directions, Space, Tensors, block_metric, blocks_of
+from alignmerge.spaces import Coefficients, Directions, Displacement, Space, Tensors, block_metric, blocks_of
 from alignmerge.subspace import dual_coefficients, sample_eigenpairs
 
 if TYPE_CHECKING:
@@ -35,18 +37,23 @@ class Samples(Quadratic):
     def __init__(self, method: AlignMerge, ctx: MergeContext, weights: Sequence[float] | None) -> None:
         super().__init__(method, ctx, weights)
         self.inverse = self._inverse_metric()
-        self.rows: Rows = ExampleRows(partial(ctx.loaded, self.point), ctx.examples(self.examples), PRECISION)
-        stored = self._gram()
-        self.kernel = stored.read("kernel", dtype=torch.float64)
-        self.along = stored.read("along", dtype=torch.float64)
+        examples = ctx.examples(self.examples)
+        self.rows: Rows = ExampleRows(partial(ctx.loaded, self.point), examples, PRECISION)
+        found = self._gram(self.rows, {})
         if method.subspace_from == "random":
-            names = sorted(fisher(ctx, self.point, "metric"))
-            self.rows = RandomRows(self.inverse, names, ctx.seed, self.kernel)
-            self.along = self.rows.times(self._excursion)
+            drawn = {"random": ctx.seed}
+            self.rows = RandomRows(self.inverse, found.names, ctx.seed, found.kernel.sum(0))
+            found = self._gram(self.rows, drawn)
+        self.names, self.blocks = found.names, blocks_of(found.names)
+        self.kernels, self.pool_along = found.kernel, found.along
+        self.soup_along = self._soup_along(found)
+        away = self.soup_along
+        if method.reference == "anchor":
+            away = away - self.pool_along[:, :, 0]
+        self.kernel, self.along = self.kernels.sum(0), away.sum(0)
         self.rank = min(method.rank or len(self.kernel), len(self.kernel))
         self.c = dual_coefficients(self.kernel, self.along, method.lambda_align, self.rank)
         self.correction = self.rows.combine(self.c)
-        self.names = sorted(self.correction)
 
     def solution(self, block: Block) -> Tensor:
         """Return theta* of one view."""
@@ -55,45 +62,47 @@ class Samples(Quadratic):
             return merged
         return merged - (self.inverse(block.name) * self.correction[block.name])[block.rows]
 
-    def rule(self, moved: Tensors) -> Rule:
+    def rule(self, moved: Displacement) -> Rule:
         """Return the rule of the merge."""
         if self.method.certificate:
-            seen = self._seen(moved) if moved else None
+            seen = self._seen(moved) if moved.tensors else None
             lambda_align = self.method.lambda_align
             facts = certify_samples(self.kernel, self.along, self.c, lambda_align, self.rank, seen)
             self.ctx.record(certificate=facts)
 
         def rule(block: Block) -> Tensor:
             merged = self.solution(block)
-            return merged + moved[block.name] if block.name in moved else merged
+            return merged + moved.tensors[block.name] if block.name in moved.tensors else merged
 
         return rule
 
     def space(self, directions: Directions) -> Space:
         """Return merge coefficients by decoder layer, or the coordinates in S_A."""
         values, vectors = sample_eigenpairs(self.kernel, self.rank)
-        basis, floor = vectors / values.sqrt(), self.floor()
-        stiffness = self.method.lambda_align * values / values.mean()
+        basis, unit, lambda_align = vectors / values.sqrt(), self.unit(), self.method.lambda_align
+        rho = values / values.mean()
         if self.method.space == "subspace":
-            return SampleSpace(self.rows, self.inverse, basis, (1 + stiffness) / floor)
-        blocks, models = blocks_of(self.names), len(self.ctx.models.pool)
-        first: dict[str, int] = {}  # the column of each matrix's first coefficient
-        for row, names in enumerate(blocks.values()):
-            first |= dict.fromkeys(names, row * models)
-
-        def placed(name: str) -> dict[int, Tensor]:
-            return dict(enumerate(directions(name), first[name]))
+            return SampleSpace(self.rows, self.inverse, basis, (1 + lambda_align * rho) / unit)
 
         def whitened(name: str) -> Tensor:
             return torch.stack(list(map(self.coordinates(name), directions(name)))).flatten(1)
 
-        inside = basis.T @ self.rows.along(placed, len(blocks) * models)
-        metric = block_metric(blocks, whitened) + inside.T @ (stiffness.unsqueeze(1) * inside)
-        return Coefficients(blocks, directions, metric / floor)
+        metric = block_metric(self.blocks, whitened) / unit
+        seen = basis.T @ self._columns()
+        if math.isinf(lambda_align):
+            return Coefficients(self.blocks, directions, metric, seen.T @ seen / unit)
+        metric = metric + seen.T @ ((lambda_align * rho).unsqueeze(1) * seen) / unit
+        return Coefficients(self.blocks, directions, metric)
 
     def coordinates(self, name: str) -> Callable[[Tensor], Tensor]:
         """Return what multiplies a difference by the root of the diagonal metric."""
-        return partial(mul, self.inverse(name).rsqrt())
+        return partial(mul, 1 / exact_root(self.inverse(name)))
+
+    def _columns(self) -> Tensor:
+        """J (theta_k - theta*) of each block and model, (n, blocks x models): no pass over the examples."""
+        solved = self.soup_along - self.kernels @ self.c
+        columns: Tensor = self.pool_along - solved.unsqueeze(2)
+        return columns.movedim(0, 1).flatten(1)
 
     def _inverse_metric(self) -> Part:
         if self.method.chart == "identity":
@@ -103,36 +112,75 @@ class Samples(Quadratic):
         mean = mean_value(diagonal)
         return lambda name: 1 / damped(diagonal.read(name), mean, damping)
 
-    def _gram(self) -> Checkpoint:
-        """K and J (mean delta - d_ref) of the examples."""
-        ctx, method, point = self.ctx, self.method, self.point
-        recipe: dict[str, Any] = {"of": point.identity, "precision": PRECISION, "version": VERSION}
-        recipe |= {"base": ctx.models.base.identity, "pool": [one.identity for one in ctx.models.pool]}
-        recipe |= {"reference": method.reference, "metric": method.metric, "lambda_k": self.weights}
-        recipe |= {"chart": method.chart, "damping": method.damping, "floor": method.floor}
-        recipe |= {"examples": ctx.examples_digest(self.examples), "soup": self.soup_inputs()}
-        recipe |= {"metric examples": ctx.examples_digest("metric")}
+    def _gram(self, rows: Rows, drawn: Mapping[str, Any]) -> Seen:
+        """K and J Delta_k by decoder layer: what all settings on one metric share."""
+        ctx, method, models = self.ctx, self.method, self.ctx.models
+        recipe: dict[str, Any] = {
+            "of": self.point.identity,
+            "precision": PRECISION,
+            "version": VERSION,
+            **drawn,
+        }
+        recipe |= {"base": models.base.identity, "pool": [one.identity for one in models.pool]}
+        recipe |= {"chart": method.chart, "damping": method.damping}
+        recipe |= {"examples": ctx.examples_digest(self.examples), "metric": ctx.examples_digest("metric")}
+
+        def deltas(name: str) -> Tensor:
+            return torch.stack(block_of(models, name).deltas)
+
+        def make(folder: Path) -> dict[str, Any]:
+            names, found = rows.gram(self.inverse, deltas)
+            save_tensors(folder, found._asdict())
+            return {"names": names}
+
+        return Seen(ctx.cached("gram", recipe, make))
+
+    def _soup_along(self, seen: Seen) -> Tensor:
+        """J (soup - theta_IT) by block, (blocks, n)."""
+        if self.plain:
+            return self.pool_along @ torch.tensor(self.shares(), dtype=torch.float64)
+        blocks = list(self.blocks.values())
+        place = {name: number for number, names in enumerate(blocks) for name in names}
+
+        def columns(name: str) -> dict[int, Tensor]:
+            block = block_of(self.ctx.models, name)
+            return {place[name]: self.soup(block) - block.base}
 
         def make(folder: Path) -> None:
-            model, examples = ctx.loaded(point), ctx.examples(self.examples)
-            found = gram(model, examples, self.inverse, self._excursion, precision=PRECISION)
-            save_tensors(folder, found._asdict())
+            save_tensors(folder, {"along": self.rows.along(columns, len(blocks)).T.contiguous()})
 
-        return load_tensors(ctx.cached("gram", recipe, make).path)
+        recipe = {"rows": seen.artifact.key, "base": self.ctx.models.base.identity, **self.soup_recipe()}
+        stored = load_tensors(self.ctx.cached("along", recipe, make).path)
+        return stored.read("along", dtype=torch.float64)
 
-    def _excursion(self, name: str) -> Tensor:
-        block = block_of(self.ctx.models, name)
-        return self.soup(block) - block.base - self.reference(block)
-
-    def _seen(self, moved: Tensors) -> Moved:
+    def _seen(self, moved: Displacement) -> Moved:
         squared = 0.0
-        for name, x in moved.items():
+        for name, x in moved.tensors.items():
             squared += float((x.square() / self.inverse(name)).sum(dtype=torch.float64))
-        return Moved(self.rows.times(moved.__getitem__), squared)
+        if self.method.space == "subspace":
+            values, vectors = sample_eigenpairs(self.kernel, self.rank)
+            return Moved(self.kernel @ (vectors / values.sqrt()) @ moved.z, squared)
+        return Moved(self._columns() @ moved.z, squared)
+
+
+class Seen:
+    """K and J Delta_k by decoder layer, as an artifact of the store."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Read a Gram matrix: K_b (blocks, n, n) and J_b Delta_k (blocks, n, models), float64."""
+        stored = load_tensors(artifact.path)
+        self.artifact = artifact
+        self.names: list[str] = artifact.manifest["facts"]["names"]
+        self.kernel = stored.read("kernel", dtype=torch.float64)
+        self.along = stored.read("along", dtype=torch.float64)
 
 
 class Rows(ABC):
     """The n rows of J; only the part of one weight matrix is ever in memory."""
+
+    @abstractmethod
+    def gram(self, inverse_metric: Part, columns: Part) -> tuple[list[str], Gram]:
+        """The weights' names, K and J x_m by block; ``columns``: weight name -> (m, d_out, d_in)."""
 
     @abstractmethod
     def along(self, columns: Columns, count: int) -> Tensor:
@@ -152,6 +200,17 @@ class ExampleRows(Rows):
 
     def __init__(self, load: Callable[[], Any], examples: Sequence[Example], precision: str) -> None:
         self._load, self._examples, self._precision = load, examples, precision
+
+    def gram(self, inverse_metric: Part, columns: Part) -> tuple[list[str], Gram]:
+        """The weights' names, K and J x_m by block."""
+        names: set[str] = set()
+
+        def noted(name: str) -> Tensor:
+            names.add(name)
+            return columns(name)
+
+        found = gram(self._load(), self._examples, inverse_metric, noted, precision=self._precision)
+        return sorted(names), found
 
     def along(self, columns: Columns, count: int) -> Tensor:
         """J [x_1 ... x_count]: <G_i, x> = sum_t g_t^T x a_t for each example and weight."""
@@ -188,13 +247,26 @@ class RandomRows(Rows):
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         self._turn = root @ (noise_vectors * noise_values.rsqrt()) @ noise_vectors.T
 
+    def gram(self, inverse_metric: Part, columns: Part) -> tuple[list[str], Gram]:
+        """The weights' names, K and J x_m by block; ``inverse_metric`` is the one that the rows are made for."""
+        kernels, alongs = [], []
+        for names in blocks_of(self._names).values():
+            kernel, along = torch.zeros(()), torch.zeros(())
+            for name in names:
+                noise, x = self._noise(name), columns(name) / exact_root(inverse_metric(name))
+                kernel = kernel + noise @ noise.T
+                along = along + noise @ x.flatten(1).double().T
+            kernels.append(self._turn @ kernel @ self._turn.T)
+            alongs.append(self._turn @ along)
+        return list(self._names), Gram(torch.stack(kernels), torch.stack(alongs))
+
     def along(self, columns: Columns, count: int) -> Tensor:
         """J [x_1 ... x_count]."""
         found = torch.zeros(self._count, count, dtype=torch.float64)
         for name in self._names:
             noise = self._noise(name)
             for column, x in columns(name).items():
-                found[:, column] += noise @ (x / self._inverse(name).sqrt()).flatten().double()
+                found[:, column] += noise @ (x / exact_root(self._inverse(name))).flatten().double()
         rows: Tensor = self._turn @ found
         return rows
 
@@ -203,7 +275,7 @@ class RandomRows(Rows):
         weights, found = self._turn.T @ c, {}
         for name in self._names:
             inverse = self._inverse(name)
-            found[name] = (weights @ self._noise(name)).float().view_as(inverse) / inverse.sqrt()
+            found[name] = (weights @ self._noise(name)).float().view_as(inverse) / exact_root(inverse)
         return found
 
     def _noise(self, name: str) -> Tensor:

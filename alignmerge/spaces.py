@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from alignmerge.engine.views import layer_of
 
 Tensors = Mapping[str, Tensor]
 Directions = Callable[[str], Sequence[Tensor]]  # matrix -> theta_k - theta* of each model, (d_out, d_in)
+
+
+INSIDE = 1e-6
+"""Share of ||x||^2_G up to which x counts as outside of S_A: a projection lets only such moves pass."""
+NEGLIGIBLE = 1e-9
+"""A direction shorter than this share of the longest is rounding."""
+
+
+class Displacement(NamedTuple):
+    """A move from theta*: X z."""
+
+    z: Tensor  # float64 (coordinates,); empty: no move
+    tensors: Tensors  # view name -> (d_out, d_in) fp32
+
+
+STAYS = Displacement(torch.zeros(0, dtype=torch.float64), {})
 
 
 class Space(Protocol):
@@ -30,15 +46,28 @@ class Space(Protocol):
 class Coefficients:
     """One coefficient for each block and model: X z = sum_k z_bk (theta_k - theta*) in block b."""
 
-    def __init__(self, blocks: Mapping[str, Sequence[str]], directions: Directions, metric: Tensor) -> None:
-        """Take block -> names of its matrices, the directions, and M (float64, square)."""
+    def __init__(
+        self,
+        blocks: Mapping[str, Sequence[str]],
+        directions: Directions,
+        metric: Tensor,
+        inside: Tensor | None = None,
+    ) -> None:
+        """Take block -> names of its matrices, the directions, and M (float64, square).
+
+        ``inside``: X^T P_A^T G P_A X in the unit of M, of a projection: moves that it sees are forbidden.
+        """
         self._blocks, self._directions = blocks, directions
         self._models = len(metric) // len(blocks)
-        scale = metric.diagonal().clamp(min=0).rsqrt()
-        self._scale = torch.where(scale.isfinite(), scale, 0.0)
-        values, self._vectors = torch.linalg.eigh(metric * self._scale * self._scale.unsqueeze(1))
+        squares = metric.diagonal()
+        scale = torch.where(squares > NEGLIGIBLE * squares.max(), squares, torch.inf).rsqrt()
+        values, vectors = torch.linalg.eigh(metric * scale * scale.unsqueeze(1))
         kept = values > 1e-9 * len(values)  # at the average the directions of a block sum to 0
-        self._inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+        root = scale.unsqueeze(1) * vectors[:, kept] * values[kept].rsqrt()
+        if inside is not None:
+            shares, turn = torch.linalg.eigh(root.T @ inside @ root)
+            root = root @ turn[:, shares < INSIDE]
+        self._root = root  # R, R R^T = M^+
 
     def pull(self, gradient: Tensors) -> Tensor:
         """X^T gradient."""
@@ -51,8 +80,7 @@ class Coefficients:
 
     def solve(self, pull: Tensor) -> Tensor:
         """M^+ pull; what rounding leaves along null directions of M is dropped."""
-        coordinates = self._vectors.T @ (self._scale * pull)
-        solution: Tensor = self._scale * (self._vectors @ (self._inverse * coordinates))
+        solution: Tensor = self._root @ (self._root.T @ pull)
         return solution
 
     def displacement(self, z: Tensor) -> dict[str, Tensor]:

@@ -1,42 +1,36 @@
-"""Control: one natural-gradient step on the alignment examples, from the plain average."""
+"""Control: one natural-gradient step on the alignment examples, from the plain average or another merge."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
-from alignmerge.engine.merger import (
-    Block,
-    Inputs,
-    MergeContext,
-    Merger,
-    Rule,
-    average,
-    check_choice,
-    check_range,
-)
+from alignmerge.engine.merger import Block, Inputs, MergeContext, Rule, average, check_choice, check_range
 from alignmerge.fisher import PRECISION, damped, fisher, mean_value
 from alignmerge.gradients import VERSION, weighted_sum
+from alignmerge.start import Started, begin_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientStep(Merger):
-    """theta = average - eta G^-1 mean_i g_i, with the gradients and the diagonal metric G taken at ``at``.
+class GradientStep(Started):
+    """theta = start - eta G^-1 mean_i g_i, with the gradients and the diagonal metric G taken at ``at``.
 
     It sees the very examples that AlignMerge sees, and no anchor: the rest is AlignMerge's geometry.
     """
 
     name = "gradient_step"
-    length: float = 0.06  # Euclidean length of the step relative to the average's delta
-    at: str = "barycentre"  # where the gradient is taken: ``barycentre``, or ``base`` as in AlignMerge
+    version = 2
+    length: float = 0.06  # Euclidean length of the step relative to the average's delta, whatever the start
+    at: str = "barycentre"  # where the gradient is taken: ``barycentre`` (the start), ``base`` as in AlignMerge
     damping: float = 1.0  # eps of the metric, in units of its mean
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("method.length", self.length, 0, 1e3)
         check_choice("method.at", self.at, ("base", "barycentre"))
         check_range("method.damping", self.damping, 0, 1e6, open_low=True)
@@ -44,11 +38,14 @@ class GradientStep(Merger):
     @property
     def inputs(self) -> Inputs:
         """The gradient sees ``alignment``, the metric ``metric``: the sets that AlignMerge sees."""
-        return Inputs(examples=("alignment", "metric"))
+        return replace(super().inputs, examples=("alignment", "metric"))
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Take the gradient and scale the step."""
-        point = ctx.models.base if self.at == "base" else ctx.barycentre()
+        started = self.started(ctx)
+        start, point = begin_at(started), ctx.models.base
+        if self.at == "barycentre":
+            point = ctx.barycentre() if started is None else started
         diagonal = fisher(ctx, point, "metric")
         mean = mean_value(diagonal)
         gradient = _mean_gradient(ctx, point)
@@ -60,7 +57,7 @@ class GradientStep(Merger):
         ctx.record(step_scale=scale)
 
         def rule(block: Block) -> Tensor:
-            merged = average(block.pool)
+            merged = start(block)
             return merged + scale * step[block.name][block.rows] if block.name in step else merged
 
         return rule

@@ -46,6 +46,24 @@ def build(node: Mapping[str, Any], where: str, *kinds: type) -> Any:
     return target(**BadRequest.gathered(makers))
 
 
+def nested(node: Mapping[str, Any], where: str, kind: type) -> Any:
+    """Build the method that a field of another method describes; faults name the keys of ``where``."""
+    try:
+        return build(node, "method", kind)
+    except BadRequest as error:
+        faults = [one._replace(where=one.where.replace("method", where)) for one in error.faults]
+        raise BadRequest(faults) from None
+
+
+def chosen(group: str, name: str, changed: Mapping[str, Any], where: str, kind: type) -> Any:
+    """Build what ``conf/<group>/<name>.yaml`` describes, with changed fields; faults name the keys of ``where``.
+
+    ``name`` is one of the group's files.
+    """
+    usual = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    return nested({**usual, **changed}, where, kind)
+
+
 def nearest(key: str, known: set[str]) -> str:
     """Spell what is allowed instead of ``key``, beginning with what it was probably meant to be."""
     shown = sorted(name for name in known if not name.startswith("_"))

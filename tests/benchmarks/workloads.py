@@ -115,7 +115,8 @@ def kronecker(model: Any, examples: Sequence[Example], precision: str) -> None:
 def gram_matrix(model: Any, examples: Sequence[Example], precision: str) -> None:
     """K and J x, in a metric and along a direction that are at hand: what a merge reads for them is not counted."""
     weights = linear_weights(model)
-    gram(model, examples, lambda name: weights[name].square() + 1, weights.__getitem__, precision=precision)
+    columns = {name: weight[None] for name, weight in weights.items()}
+    gram(model, examples, lambda name: weights[name].square() + 1, columns.__getitem__, precision=precision)
 
 
 Work = Callable[[Any, Sequence[Example], str], None]

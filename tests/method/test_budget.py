@@ -37,7 +37,6 @@ from alignmerge.engine.merger import Inputs, Merger, Models, Probes, own
 from alignmerge.engine.store import Store
 from alignmerge.kronecker import ShieldSpace
 from alignmerge.meter import REPLICATES, Alignment, Meter
-from alignmerge.method import AlignMerge
 from alignmerge.objective import hinge_multiplier, l_bud
 from alignmerge.samples import ExampleRows, RandomRows, SampleSpace
 from alignmerge.spaces import Coefficients, Space, block_metric, blocks_of
@@ -49,7 +48,16 @@ from alignmerge.zoo.toy import Toy
 from alignmerge.zoo.zoo import Zoo
 from eval.scorers.aqi import AQI
 from tests.conftest import VOCABULARY, MakesModel, Perturbs
-from tests.oracles.test_alignmerge import DAMPING, Context, flat, merged, moment, random_stream, with_damping
+from tests.oracles.test_alignmerge import (
+    DAMPING,
+    Context,
+    flat,
+    merged,
+    moment,
+    random_stream,
+    shield,
+    with_damping,
+)
 from tests.oracles.test_gradients import ARCHITECTURES, SMALL, apart, examples_of, plain_pass
 from tests.zoo.test_zoo import packages
 
@@ -529,10 +537,10 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map
 @each_form
 def test_budget_raises_aqi_and_says_what_it_did(family: Bench, form: dict[str, Any]) -> None:
     ctx = family.context()
-    without = merged(AlignMerge(**form), ctx)
+    without = merged(shield(**form), ctx)
     start = family.aqi(without)
     assert "budget" not in ctx.facts
-    method = AlignMerge(**form, lambda_bud=1e4, a_min=start + 0.02)
+    method = shield(**form, lambda_bud=1e4, a_min=start + 0.02)
     found = merged(method, ctx)
     budget = ctx.facts["budget"]
     assert budget["a_start"] == pytest.approx(start, abs=1e-5)
@@ -550,9 +558,9 @@ def test_budget_raises_aqi_and_says_what_it_did(family: Bench, form: dict[str, A
 @each_form
 def test_without_a_budget_nothing_is_measured(family: Bench, form: dict[str, Any]) -> None:
     """lambda_bud = 0 asks no probes; a budget that theta* meets changes no bit."""
-    plain = merged(AlignMerge(**form, lambda_bud=0.0, a_min=0.9, kappa=3.0), family.context(probes=False))
+    plain = merged(shield(**form, lambda_bud=0.0, a_min=0.9, kappa=3.0), family.context(probes=False))
     ctx = family.context()
-    met = merged(AlignMerge(**form, lambda_bud=50.0, a_min=-1.0), ctx)
+    met = merged(shield(**form, lambda_bud=50.0, a_min=-1.0), ctx)
     assert all(torch.equal(plain[name], met[name]) for name in plain)
     budget = ctx.facts["budget"]
     assert budget["met"] and budget["gap"] == budget["multiplier"] == budget["l_bud"] == 0
@@ -561,20 +569,20 @@ def test_without_a_budget_nothing_is_measured(family: Bench, form: dict[str, Any
 
 def test_a_budget_that_cannot_be_met_is_said(family: Bench) -> None:
     ctx = family.context()
-    merged(AlignMerge(lambda_bud=10.0, a_min=1.0), ctx)
+    merged(shield(lambda_bud=10.0, a_min=1.0), ctx)
     budget = ctx.facts["budget"]
     assert not budget["met"] and budget["gap"] > 0.1
     assert budget["l_bud"] == pytest.approx((1 - budget["a"]) ** 2)
-    said = AlignMerge().warning(ctx.facts)
+    said = shield().warning(ctx.facts)
     assert said.endswith(f"not met: {budget['a']:.4f} on the selection probes, A_min 1.0000.")
     met = family.context()
-    merged(AlignMerge(lambda_bud=10.0, a_min=-1.0), met)
-    assert AlignMerge().warning(met.facts) == AlignMerge().warning({"digest": "0"}) == ""
+    merged(shield(lambda_bud=10.0, a_min=-1.0), met)
+    assert shield().warning(met.facts) == shield().warning({"digest": "0"}) == ""
 
 
 def test_the_budget_is_the_anchors_own_less_its_deviation(family: Bench) -> None:
     ctx = family.context()
-    merged(AlignMerge(lambda_bud=1.0, kappa=2.0), ctx)
+    merged(shield(lambda_bud=1.0, kappa=2.0), ctx)
     budget = ctx.facts["budget"]
     anchor = family.aqi({name: family.models.anchor.read(name) for name in family.models.anchor})
     assert budget["a_anchor"] == pytest.approx(anchor, abs=1e-5)
@@ -588,9 +596,9 @@ def test_no_other_coefficients_have_a_lower_objective(
 ) -> None:
     """The published objective, written out in float64 over coefficients: V, Q and A by their definitions."""
     ctx, models, weight = family.context(), family.models, 300.0
-    start = merged(AlignMerge(**form), ctx)
+    start = merged(shield(**form), ctx)
     a_min = family.aqi(start) + 0.03
-    found = merged(AlignMerge(**form, lambda_bud=weight, a_min=a_min), ctx)
+    found = merged(shield(**form, lambda_bud=weight, a_min=a_min), ctx)
     names = sorted(name for name in start if name.endswith("_proj.weight"))
     budget = ctx.facts["budget"]
     quadratic = QUADRATICS[form["estimator"]](family, names)
@@ -671,7 +679,7 @@ QUADRATICS = {"kronecker": kronecker_forms, "samples": sample_forms}
 def test_the_certificate_of_a_budgeted_merge_is_of_where_it_ended(family: Bench, precise: None) -> None:
     """L_align and the excess of L_geo of the dual, against the dense forms at the merge itself."""
     ctx, models = family.context(), family.models
-    found = merged(AlignMerge(estimator="samples", lambda_bud=1e4, a_min=0.9), ctx)
+    found = merged(shield(estimator="samples", lambda_bud=1e4, a_min=0.9), ctx)
     names = sorted(name for name in found if name.endswith("_proj.weight"))
     d = {n: found[n].double() - models.base.read(n).double() for n in names}
     pool = [{n: model.read(n).double() - models.base.read(n).double() for n in names} for model in models.pool]
@@ -695,7 +703,7 @@ def test_every_architecture_has_a_budget(
     sets = {"alignment": examples_of(0, 8, 12), "metric": examples_of(1, 8, 12)}
     ctx = Context(models, Store(tmp_path / "store"), tmp_path / "average", sets)
     ctx.selection = probes_of(0, 12)
-    rule = AlignMerge(lambda_bud=1e4, a_min=0.9).fit(ctx)
+    rule = shield(lambda_bud=1e4, a_min=0.9).fit(ctx)
     folder = tmp_path / "merged"
     folder.mkdir()
     merge(rule, models, folder, elementwise=False)
@@ -728,17 +736,22 @@ def test_alignment_puts_views_where_they_are_stored(tiny_model: MakesModel) -> N
 
 def test_senseless_budgets_name_both_keys() -> None:
     cases = {
-        "method.lambda_align, method.lambda_bud": {"lambda_align": math.inf, "lambda_bud": 1.0},
+        "method.space, method.lambda_align, method.lambda_bud": {
+            "lambda_align": math.inf,
+            "lambda_bud": 1.0,
+            "space": "subspace",
+            "rank": 2,
+        },
         "method.space, method.rank": {"space": "subspace", "lambda_bud": 1.0},
     }
     for where, fields in cases.items():
         with pytest.raises(BadRequest) as caught:
-            AlignMerge(**fields)  # type: ignore[arg-type]
+            shield(**fields)  # type: ignore[arg-type]
         (fault,) = caught.value.faults
         assert fault.where == where and fault.allowed.endswith(("lambda_bud=0", "space=coefficients"))
-    AlignMerge(lambda_align=math.inf)
-    AlignMerge(space="subspace")
-    AlignMerge(space="subspace", estimator="samples", lambda_bud=1.0)
+    shield(lambda_align=math.inf, lambda_bud=1.0)
+    shield(space="subspace")
+    shield(space="subspace", estimator="samples", lambda_bud=1.0)
 
 
 @pytest.fixture
@@ -768,11 +781,11 @@ def test_probes_are_the_selection_set_in_pairs(toy: Zoo) -> None:
 
 
 def test_probes_are_part_of_the_key_of_a_budgeted_merge_alone(toy: Zoo) -> None:
-    assert "probes" not in recipe_of(toy, AlignMerge())
-    before = recipe_of(toy, AlignMerge(lambda_bud=1.0))
+    assert "probes" not in recipe_of(toy, shield())
+    before = recipe_of(toy, shield(lambda_bud=1.0))
     path = toy.prompts.path / f"{SELECTION}.jsonl"
     path.write_text(path.read_text().replace("dragon", "griffin"))
-    assert recipe_of(toy, AlignMerge(lambda_bud=1.0))["probes"] != before["probes"]
+    assert recipe_of(toy, shield(lambda_bud=1.0))["probes"] != before["probes"]
 
 
 def test_a_corpus_without_selection_probes_is_a_plain_fault(toy: Zoo) -> None:
@@ -784,7 +797,7 @@ def test_a_corpus_without_selection_probes_is_a_plain_fault(toy: Zoo) -> None:
     ):
         toy.probes()
     path.unlink()
-    for ask in (toy.probes, lambda: recipe_of(toy, AlignMerge(lambda_bud=1.0))):
+    for ask in (toy.probes, lambda: recipe_of(toy, shield(lambda_bud=1.0))):
         with pytest.raises(BadRequest, match=r"corpus: toy: no set alignment/probes.*lambda_bud=0"):
             ask()
 

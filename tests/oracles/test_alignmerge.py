@@ -105,6 +105,12 @@ def with_damping(metric: Tensor, damping: float = DAMPING) -> Tensor:
     return metric + damping * metric.trace() / len(metric) * torch.eye(len(metric), dtype=metric.dtype)
 
 
+def shield(**fields: Any) -> AlignMerge:
+    """The Kronecker shield on inputs, without a budget: what most of these tests change one thing of."""
+    usual = {"estimator": "kronecker", "factors": "input", "lambda_align": 1.0, "lambda_bud": 0.0}
+    return AlignMerge(**{**usual, **fields})
+
+
 # --- the two terms ----------------------------------------------------------------------------------------
 
 
@@ -509,7 +515,7 @@ KRONECKER, SAMPLES = settings_of("kronecker"), settings_of("samples")
 @pytest.mark.parametrize("fields", KRONECKER + SAMPLES, ids=name_of)
 def test_every_combination_merges(family: Family, fields: dict[str, Any]) -> None:
     ctx, wanted = family.rounded, soup(family.models)
-    found = merged(AlignMerge(**fields), ctx)
+    found = merged(shield(**fields), ctx)
     centre = merged(FisherSoup(labels="data", floor=1e-3), ctx) if fields["metric"] == "per_expert" else wanted
     linear = set(matrices(family.models))
     assert len(linear) == 14
@@ -525,7 +531,7 @@ def test_every_combination_merges(family: Family, fields: dict[str, Any]) -> Non
 @pytest.mark.parametrize("fields", KRONECKER + SAMPLES, ids=name_of)
 def test_without_penalty_every_combination_is_the_soup(family: Family, fields: dict[str, Any]) -> None:
     """Oracle 1 end to end; with per-expert Fishers the minimiser of L_geo is their soup."""
-    found = merged(AlignMerge(lambda_align=0.0, **fields), family.rounded)
+    found = merged(shield(lambda_align=0.0, **fields), family.rounded)
     wanted = soup(family.models)
     if fields["metric"] == "per_expert":
         wanted = merged(FisherSoup(labels="data", floor=1e-3), family.rounded)
@@ -537,7 +543,7 @@ def test_without_penalty_every_combination_is_the_soup(family: Family, fields: d
 @pytest.mark.parametrize("fields", KRONECKER, ids=name_of)
 def test_full_projection_gives_the_reference(family: Family, fields: dict[str, Any]) -> None:
     """lambda = inf with all directions leaves the anchor's matrices, or the base's (fp32: base + delta)."""
-    found = merged(AlignMerge(lambda_align=INF, **fields), family.rounded)
+    found = merged(shield(lambda_align=INF, **fields), family.rounded)
     models = family.models
     reference = models.anchor if fields["reference"] == "anchor" else models.base
     for name in matrices(models):
@@ -605,7 +611,7 @@ def test_kronecker_merge_and_certificate_against_dense(
     Statistics are summed in fp32, so the merge agrees to 1e-3 of the correction, the certificate to 5e-3.
     """
     ctx, models = family.exact, family.models
-    found = merged(AlignMerge(factors=factors, reference=reference, rank=rank, lambda_align=lambda_align), ctx)
+    found = merged(shield(factors=factors, reference=reference, rank=rank, lambda_align=lambda_align), ctx)
     for name in matrices(models):
         dense, G = kronecker(factors, name)
         shape = models.base[name].shape
@@ -681,7 +687,7 @@ def test_samples_merge_and_certificate_against_dense(
     """The dense solve of all linear weights at once (960 of them); the rest as for Kronecker."""
     ctx, models, n = family.exact, family.models, len(samples.J)
     r = n if rank is None else min(rank, n)
-    method = AlignMerge(estimator="samples", reference=reference, rank=rank, lambda_align=lambda_align)
+    method = shield(estimator="samples", reference=reference, rank=rank, lambda_align=lambda_align)
     base = flat({name: models.base.read(name) for name in models.base})
     assert len(base) == 960
     pool = [flat({name: model.read(name) for name in model}) - base for model in models.pool]
@@ -713,7 +719,7 @@ def test_projection_on_samples_leaves_nothing_along_them(
     family: Family, samples: Samples, reference: str
 ) -> None:
     """Oracle 5 as it runs in production: gradients along J, rounded to bfloat16, fall to a few per cent."""
-    found = merged(AlignMerge(estimator="samples", reference=reference, lambda_align=INF), family.rounded)
+    found = merged(shield(estimator="samples", reference=reference, lambda_align=INF), family.rounded)
     models = family.models
     target = models.anchor if reference == "anchor" else models.base
     left, before = (
@@ -725,10 +731,10 @@ def test_projection_on_samples_leaves_nothing_along_them(
 def test_shared_statistics_are_made_once(family: Family) -> None:
     """A sweep over lambda, rank and reference reuses the bases; the layers on one input share one basis."""
     ctx = family.rounded
-    merged(AlignMerge(), ctx)
+    merged(shield(), ctx)
     before = list(ctx.loads)
     for fields in ({"lambda_align": 3.0}, {"rank": 2}, {"reference": "base"}):
-        merged(AlignMerge(**fields), ctx)
+        merged(shield(**fields), ctx)
     assert ctx.loads == before
     bases = KroneckerBases.of(ctx, family.models.base, "input", DAMPING)
     layer = "model.layers.1.self_attn"
@@ -739,8 +745,8 @@ def test_shared_statistics_are_made_once(family: Family) -> None:
 def test_certificate_can_be_left_out(family: Family) -> None:
     for estimator in ("kronecker", "samples"):
         ctx = Context(family.models, family.rounded.store, family.rounded.folder, family.sets)
-        with_it = merged(AlignMerge(estimator=estimator), family.rounded)
-        without = merged(AlignMerge(estimator=estimator, certificate=False), ctx)
+        with_it = merged(shield(estimator=estimator), family.rounded)
+        without = merged(shield(estimator=estimator, certificate=False), ctx)
         assert all(torch.equal(with_it[name], without[name]) for name in with_it)
         assert (ctx.facts, ctx.blocks) == ({}, {})
 
@@ -752,16 +758,16 @@ def test_a_pool_of_the_anchor_alone(family: Family, estimator: str, lambda_align
     alone = family.models._replace(experts={"a": family.models.anchor})
     shared = family.rounded
     ctx = Context(alone, Store(shared.folder.parent / f"alone-{estimator}"), shared.folder, family.sets)
-    found = merged(AlignMerge(estimator=estimator, lambda_align=lambda_align), ctx)
+    found = merged(shield(estimator=estimator, lambda_align=lambda_align), ctx)
     for name in alone.base:
         torch.testing.assert_close(found[name], alone.anchor.read(name), rtol=0, atol=1e-6)
 
 
 def test_what_the_methods_read() -> None:
-    assert AlignMerge().inputs == GradientStep().inputs == Inputs(examples=("alignment", "metric"))
-    assert AlignMerge(metric="per_expert").inputs.examples == ("alignment", "metric", EVERY_OWN)
+    assert shield().inputs == GradientStep().inputs == Inputs(examples=("alignment", "metric"))
+    assert shield(metric="per_expert").inputs.examples == ("alignment", "metric", EVERY_OWN)
     assert not AlignMerge.elementwise
-    assert not (AlignMerge().inputs.seed or GradientStep().inputs.seed)
+    assert not (shield().inputs.seed or GradientStep().inputs.seed)
 
 
 # --- choices ----------------------------------------------------------------------------------------------
@@ -782,7 +788,7 @@ def test_identity_chart_against_dense(
 ) -> None:
     """G = 1: the eigenvectors are those of F alone, and the certificate's lengths are Euclidean."""
     ctx, models = family.exact, family.models
-    found = merged(AlignMerge(chart="identity", factors=factors, rank=3), ctx)
+    found = merged(shield(chart="identity", factors=factors, rank=3), ctx)
     for name in matrices(models):
         d_out, d_in = models.base[name].shape
         S = moments("alignment", "output", name) if factors == "both" else torch.eye(d_out, dtype=torch.float64)
@@ -803,7 +809,7 @@ def test_identity_chart_of_samples_against_dense(family: Family, samples: Sample
     base = flat({name: models.base.read(name) for name in models.base})
     pool = [flat({name: model.read(name) for name in model}) - base for model in models.pool]
     wanted = dense.solve(torch.stack(pool).mean(0), pool[0], 1.0, 5)
-    found = merged(AlignMerge(estimator="samples", chart="identity", rank=5), family.exact)
+    found = merged(shield(estimator="samples", chart="identity", rank=5), family.exact)
     assert relative(flat(found) - base, wanted) < 1e-4
 
 
@@ -818,7 +824,7 @@ def test_one_subspace_for_all_matrices(
     """rho is measured against its mean over all matrices; of rank r, the 14 r largest of all are in S_A."""
     ctx, models = family.exact, family.models
     names = matrices(models)
-    found = merged(AlignMerge(subspace="global", factors=factors, rank=rank, lambda_align=3.0), ctx)
+    found = merged(shield(subspace="global", factors=factors, rank=rank, lambda_align=3.0), ctx)
     values = torch.cat([kronecker(factors, name)[0].values for name in names]).clamp(min=0)
     kept = values if rank is None else values.topk(rank * len(names)).values
     sizes = set()
@@ -839,19 +845,19 @@ def test_one_subspace_for_all_matrices(
         )
     assert rank is None or len(sizes) > 2  # some matrices have more of S_A than others
     if rank is None:
-        own = merged(AlignMerge(factors=factors, lambda_align=3.0), ctx)
+        own = merged(shield(factors=factors, lambda_align=3.0), ctx)
         assert not any(torch.allclose(found[name], own[name], rtol=0, atol=1e-5) for name in names)
 
 
 def test_subspace_of_each_estimator(family: Family) -> None:
     """null is per_block for kronecker and global for samples, which has no other."""
     for estimator, own in (("kronecker", "per_block"), ("samples", "global")):
-        one, other = (merged(AlignMerge(estimator=estimator, subspace=s), family.rounded) for s in (None, own))
+        one, other = (merged(shield(estimator=estimator, subspace=s), family.rounded) for s in (None, own))
         assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(
         BadRequest, match=r"method\.estimator, method\.subspace: samples and per_block.*subspace=global"
     ):
-        AlignMerge(estimator="samples", subspace="per_block")
+        shield(estimator="samples", subspace="per_block")
 
 
 @each_estimator
@@ -859,9 +865,9 @@ def test_subspace_of_each_estimator(family: Family) -> None:
 def test_subspace_of_other_examples(family: Family, tmp_path: Path, estimator: str, subspace_from: str) -> None:
     """What one gets with these examples in the place of the alignment set, bit for bit."""
     swapped = {**family.sets, "alignment": family.sets[subspace_from]}
-    wanted = merged(AlignMerge(estimator=estimator), fresh(family, tmp_path, sets=swapped))
-    found = merged(AlignMerge(estimator=estimator, subspace_from=subspace_from), family.rounded)
-    usual = merged(AlignMerge(estimator=estimator), family.rounded)
+    wanted = merged(shield(estimator=estimator), fresh(family, tmp_path, sets=swapped))
+    found = merged(shield(estimator=estimator, subspace_from=subspace_from), family.rounded)
+    usual = merged(shield(estimator=estimator), family.rounded)
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     assert not any(torch.equal(found[name], usual[name]) for name in matrices(family.models))
 
@@ -893,11 +899,11 @@ def test_turns_favour_no_direction() -> None:
 def test_random_subspaces_shrink_as_much_along_other_directions(family: Family, estimator: str) -> None:
     """The same eigenvalues, so projection on all directions still ends at the reference; the seed tells them apart."""
     usual, ctx = family.rounded, replace(family.rounded, blocks={}, facts={})
-    method = AlignMerge(estimator=estimator, subspace_from="random")
+    method = shield(estimator=estimator, subspace_from="random")
     assert method.inputs.seed
     found = merged(method, ctx)
     again, other = merged(method, ctx), merged(method, replace(ctx, seed=1))
-    aligned = merged(AlignMerge(estimator=estimator), usual)
+    aligned = merged(shield(estimator=estimator), usual)
     for name in matrices(family.models):
         assert torch.equal(found[name], again[name])
         assert not torch.equal(found[name], other[name]) and not torch.equal(found[name], aligned[name])
@@ -905,7 +911,7 @@ def test_random_subspaces_shrink_as_much_along_other_directions(family: Family, 
         assert {n: b["top_rho"] for n, b in ctx.blocks.items()} == pytest.approx(
             {n: b["top_rho"] for n, b in usual.blocks.items()}
         )
-        whole = merged(AlignMerge(subspace_from="random", lambda_align=INF), ctx)
+        whole = merged(shield(subspace_from="random", lambda_align=INF), ctx)
         for name in matrices(family.models):
             assert float((whole[name] - family.models.anchor.read(name)).abs().max()) < 1e-5
     else:
@@ -923,7 +929,7 @@ def test_without_both_terms_it_is_the_weighted_soup(family: Family, estimator: s
     """Oracle 1 with weights: sum_k lambda_k theta_k, with per-expert Fishers (sum lambda F)^-1 sum lambda F theta."""
     fields: dict[str, Any] = {"estimator": estimator, "metric": metric, "lambda_align": 0.0, "lambda_bud": 0.0}
     ctx = replace(family.rounded, facts={})
-    found = merged(AlignMerge(**fields, **GIVEN), ctx)
+    found = merged(shield(**fields, **GIVEN), ctx)
     models = family.models
     fishers = {a: fisher(family.rounded, m, a) for a, m in zip(models.aliases, models.pool, strict=True)}
     normalised = NormalisedFishers.of(fishers, 1e-3)
@@ -943,7 +949,7 @@ def test_weights_move_the_centre_of_the_shield(
 ) -> None:
     """The dense solve about the weighted mean; L_geo and its floor with the same weights."""
     ctx, models = family.exact, family.models
-    found = merged(AlignMerge(rank=3, **GIVEN), ctx)
+    found = merged(shield(rank=3, **GIVEN), ctx)
     for name in matrices(models):
         dense, G = kronecker("input", name)
         base = models.base.read(name).double()
@@ -968,13 +974,13 @@ def test_the_barycentre_is_the_weighted_one(family: Family, tmp_path: Path, esti
     merge(lambda block: average(block.pool, [w / 8 for w in WEIGHTS]), models, tmp_path / "soup")
     shutil.copyfile(models.base.folder / "config.json", tmp_path / "soup" / "config.json")
     soup_there = Checkpoint.open(tmp_path / "soup", "soup")
-    found = merged(AlignMerge(estimator=estimator, at="barycentre", **GIVEN), ctx)
+    found = merged(shield(estimator=estimator, at="barycentre", **GIVEN), ctx)
     moved = replace(ctx, models=models._replace(base=soup_there))
     if estimator == "kronecker":
         wanted = KroneckerBases.of(moved, soup_there, "input", DAMPING)
         used = KroneckerBases.of(ctx, ctx.barycentre([w / 8 for w in WEIGHTS]), "input", DAMPING)
         assert used.tensors.digest == wanted.tensors.digest
-    usual = merged(AlignMerge(estimator=estimator, at="base", **GIVEN), ctx)
+    usual = merged(shield(estimator=estimator, at="base", **GIVEN), ctx)
     assert not any(torch.equal(found[name], usual[name]) for name in matrices(models))
 
 
@@ -1002,7 +1008,7 @@ def test_rules_for_lambda_k(family: Family, samples: Samples, precise: None) -> 
         assert list(found.values()) == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-4)
         assert sum(found.values()) == pytest.approx(1)
         explicit = {"lambda_k": "given", "pool_weights": tuple(found.values())}
-        one, other = merged(AlignMerge(lambda_k=rule), ctx), merged(AlignMerge(**explicit), ctx)  # type: ignore[arg-type]
+        one, other = merged(shield(lambda_k=rule), ctx), merged(shield(**explicit), ctx)  # type: ignore[arg-type]
         for name in matrices(models):
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
     assert pool_weights(ctx, "uniform") is None
@@ -1015,7 +1021,7 @@ def test_a_model_that_did_not_move_has_no_inverse_length(family: Family) -> None
 
 
 def test_weights_are_as_many_as_models(family: Family) -> None:
-    method = AlignMerge(lambda_k="given", pool_weights=(1.0, 2.0))
+    method = shield(lambda_k="given", pool_weights=(1.0, 2.0))
     with pytest.raises(
         BadRequest, match=r"method\.pool_weights: 2 numbers; allowed: 3 numbers, for anchor, a, b"
     ):
@@ -1029,7 +1035,7 @@ def test_iterate_takes_gradients_at_the_first_solution(
 ) -> None:
     """What ``at: barycentre`` gives where the barycentre is exchanged for the merge that ``at: base`` gives."""
     ctx, models = fresh(family, tmp_path), family.models
-    first = AlignMerge(estimator=estimator, **more)
+    first = shield(estimator=estimator, **more)
     ctx.folder.mkdir()
     merge(first.fit(ctx), models, ctx.folder, elementwise=False)
     shutil.copyfile(models.base.folder / "config.json", ctx.folder / "config.json")
@@ -1050,7 +1056,12 @@ def fisher_norm(family: Family, tensors: Mapping[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    "like", [{"lambda_align": 3.0}, {"estimator": "samples", "reference": "base"}], ids=str
+    "like",
+    [
+        {"lambda_align": 3.0, "estimator": "kronecker", "lambda_bud": 0.0},
+        {"reference": "base", "lambda_bud": 0.0},
+    ],
+    ids=str,
 )
 def test_interpolation_goes_as_far_as_alignmerge(family: Family, like: dict[str, Any]) -> None:
     models, ctx = family.models, replace(family.rounded, facts={}, blocks={})
@@ -1157,7 +1168,7 @@ def test_fisher_soup_end_to_end(family: Family, precise: None) -> None:
     weights = torch.stack(fishers).clamp(min=float(floor))
     thetas = torch.stack([flat({name: model.read(name) for name in model}) for model in models.pool])
     wanted = (weights * thetas).sum(0) / weights.sum(0)
-    method = AlignMerge(metric="per_expert", lambda_align=0.0)
+    method = shield(metric="per_expert", lambda_align=0.0)
     found = flat(merged(method, family.exact))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     fields = {

@@ -18,6 +18,7 @@ from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Batch, Example, batches
 from alignmerge.engine.language import load_model
 from alignmerge.gradients import (
+    Gram,
     Visit,
     gram,
     kronecker_factors,
@@ -259,7 +260,7 @@ def test_rounded_products_are_left_as_they_were(case: Callable[..., Case]) -> No
     weights = linear_weights(model)
     a = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     before = a @ a.T
-    gram(model, examples, weights.__getitem__, weights.__getitem__, precision="bfloat16")
+    gram(model, examples, weights.__getitem__, lambda n: weights[n][None], precision="bfloat16")
     assert torch.equal(a @ a.T, before)
 
 
@@ -330,6 +331,13 @@ def test_kronecker_factors_are_second_moments_over_tokens(
     assert set(found.moments) == set(found.owners.values())
 
 
+def whole_gram(*given: Any, **options: Any) -> Gram:
+    """K and J x of one x over all blocks."""
+    found = gram(*given, **options)
+    assert len(found.kernel) == len(found.along) > 0
+    return Gram(found.kernel.sum(0), found.along.sum(0)[:, 0])
+
+
 def test_gram_is_the_kernel_of_the_dense_whitened_fisher(case: Callable[..., Case]) -> None:
     """Eigenpairs of K / n are those of G^-1/2 F_A G^-1/2, F_A = J^T J / n, on a layer small enough to write it."""
     one = case("llama", num_hidden_layers=1, **SMALL)
@@ -337,7 +345,7 @@ def test_gram_is_the_kernel_of_the_dense_whitened_fisher(case: Callable[..., Cas
     generator = torch.Generator().manual_seed(0)
     metric = {n: 0.1 + torch.rand(one.truth[0].gradients[n].shape, generator=generator) for n in names}
     x = {n: torch.randn(metric[n].shape, generator=generator) for n in names}
-    found = gram(one.model, one.examples, lambda n: 1 / metric[n], x.__getitem__)
+    found = whole_gram(one.model, one.examples, lambda n: 1 / metric[n], lambda n: x[n][None])
 
     n = len(one.examples)
     J = one.jacobian()
@@ -354,7 +362,9 @@ def test_gram_is_the_kernel_of_the_dense_whitened_fisher(case: Callable[..., Cas
     assert float(overlap.min()) > 1 - 1e-6
     along = J @ torch.cat([x[name].flatten() for name in names]).double()
     assert relative(found.along, along) < CLOSE
-    rounded = gram(one.model, one.examples, lambda n: 1 / metric[n], x.__getitem__, precision="bfloat16")
+    rounded = whole_gram(
+        one.model, one.examples, lambda n: 1 / metric[n], lambda n: x[n][None], precision="bfloat16"
+    )
     assert 1e-5 < relative(rounded.kernel, found.kernel) < 1e-2
 
 
@@ -362,7 +372,9 @@ def test_gram_is_the_kernel_of_the_dense_whitened_fisher(case: Callable[..., Cas
 def test_gram_and_directional_derivatives(case: Callable[..., Case], arch: str) -> None:
     """K = J J^T and J x of all matrices, x being one example's own gradient."""
     one = case(arch)
-    found = gram(one.model, one.examples, lambda n: torch.ones(1), lambda n: one.truth[2].gradients[n])
+    found = whole_gram(
+        one.model, one.examples, lambda n: torch.ones(1), lambda n: one.truth[2].gradients[n][None]
+    )
     J = one.jacobian()
     assert relative(found.kernel, J @ J.T) < CLOSE
     assert relative(found.along, J @ J[2]) < CLOSE
@@ -383,7 +395,9 @@ def test_batches_do_not_show(case: Callable[..., Case], monkeypatch: pytest.Monk
     assert_close(squares(one.model, one.examples), one.mean(torch.square))
     assert max(sizes) == {1: 1, 60: 4, 100_000: 6}[tokens]
     names = sorted(one.truth[0].gradients)
-    found = gram(one.model, one.examples, lambda n: torch.ones(1), lambda n: one.truth[2].gradients[n])
+    found = whole_gram(
+        one.model, one.examples, lambda n: torch.ones(1), lambda n: one.truth[2].gradients[n][None]
+    )
     J = one.jacobian()
     assert relative(found.kernel, J @ J.T) < CLOSE
     assert relative(found.along, J @ J[2]) < CLOSE
