@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from alignmerge.engine.kernels import overridden
 from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.zoo.zoo import Zoo
 from eval.columns import Column
+from eval.grid.alike import rows_alike
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Experiment, Gates
 from eval.grid.folders import replace_folder
@@ -40,7 +42,7 @@ class Findings:
 
         The files are a function of scores and of the code that draws them: an artifact.
         """
-        manifest = self._manifest()
+        manifest = self._manifest
         artifact = self.experiment.zoos[0].store.obtain("reports", self._recipe(manifest), self._write)
         replace_folder(artifact.path, folder, manifest)
 
@@ -101,6 +103,8 @@ class Findings:
         notes += _notes_on_settings(self.experiment) + _notes_on_choice(self.experiment, self.choice)
         notes += _notes_on_judge(self.experiment) + _notes_on_kernels()
         notes += [f"Gate missed: {line}." for line in missed(self.gates)]
+        for (one, other), where in rows_alike(self._manifest).items():
+            notes.append(f"{one} and {other} are one model under two names: {where}.")
         have = {(one.cell.family, one.cell.row) for one in self.rows}
         absent = []
         for family, mergers in self.choice.mergers.items():
@@ -109,6 +113,7 @@ class Findings:
             notes.append(f"Not measured yet: {', '.join(absent)}.")
         return notes
 
+    @cached_property
     def _manifest(self) -> dict[str, Any]:
         families: dict[str, Any] = {}
         for zoo in self.experiment.zoos:
@@ -118,7 +123,8 @@ class Findings:
         scorers = [*self.experiment.grid.trajectory_scorers.values(), *self.experiment.scorers]
         mergers = [one.cell.merger for one in self.rows if one.cell.merger is not None]
         made = of_making(scorers, mergers)
-        return {"experiment": self.experiment.grid.name, "families": families, **made}
+        told = {"experiment": self.experiment.grid.name, "families": families}
+        return {**told, "aliases": self.choice.readings, **made}
 
     def _of_seed(self, zoo: Zoo) -> dict[str, Any]:
         """Return what a manifest says of one family with one seed."""

@@ -49,14 +49,15 @@ def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:
             if one.cell.family == family and one.cell.merger is not None:
                 tried[one.cell.row, one.cell.setting] = one.cell.merger
         families.append(_Family(experiment, family, tried, points))
-    for one in families:
-        one.select()
-    matched = [line for one in families for line in one.matched]
+    matched: list[dict[str, Any]] = []
+    for choice in families:
+        choice.select()
+        matched += choice.matched
     return Choice(
-        {one.name: one.in_order() for one in families},
+        {choice.name: choice.in_order() for choice in families},
         points if len(points) else None,
         pd.DataFrame(matched) if matched else None,
-        {one.name: one.readings for one in families},
+        {choice.name: choice.readings for choice in families},
     )
 
 
@@ -96,7 +97,7 @@ class _Family:
             self.mergers |= self.experiment.untuned(name)
             mine = self._eligible(name)
             if row.tried and len(mine):  # else every setting failed or is excluded, which is said
-                self._take(name, int(mine["balanced"].idxmax()))
+                self._take(name, _label(mine, int(mine["balanced"].argmax())))
         for name, row in rows.items():
             self._follow_best(name, row)
         for name, row in rows.items():
@@ -127,7 +128,8 @@ class _Family:
         """Let a row be the best of others."""
         places = {one: self.selected[one] for one in row.best_of if one in self.selected}
         if places:
-            best = max(places, key=lambda one: float(self.points.loc[places[one], "balanced"]))
+            balance = self.points["balanced"].astype(float)
+            best = max(places, key=lambda one: float(balance[places[one]]))
             self.readings[name] = best
             self.mergers[name] = self.mergers[best]
 
@@ -143,14 +145,19 @@ class _Family:
         if not row.matched or mine.empty:
             return
         target = self.experiment.grid.matched_refusal
-        place = int((mine["refusal_rate"] - target).abs().idxmin())
-        rate = float(mine.loc[place, "refusal_rate"])
+        nearest = int((mine["refusal_rate"] - target).abs().argmin())
+        place, rate = _label(mine, nearest), float(mine["refusal_rate"].iloc[nearest])
         reached = abs(rate - target) <= NEAR + 1e-9
         line = {"family": self.name, "row": name + MATCHED, "setting": mine.loc[place, "setting"]}
         self.matched.append({**line, "target": target, "dev": rate, "reached": reached})
         if reached:
             self.mergers[name + MATCHED] = self._merger(place)
             self.points.loc[place, "matched"] = True
+
+
+def _label(points: pd.DataFrame, position: int) -> int:
+    """Return where the line at a position of a part of the points stands in all of them."""
+    return int(points.index.to_numpy()[position])
 
 
 def _points(results: Sequence[CellResult]) -> pd.DataFrame:

@@ -28,8 +28,10 @@ from alignmerge.engine.loop import blocks, merge
 from alignmerge.engine.merger import EVERY_OWN, Block, Merger, Models, Rule, own
 from alignmerge.engine.store import Artifact, Store
 from alignmerge.engine.validation import read_headers
+from alignmerge.method import AlignMerge
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
+from baselines.gradient_step import GradientStep
 from baselines.identity import Identity
 from baselines.interpolate import Interpolate
 from baselines.mergealign import MergeAlign
@@ -755,6 +757,12 @@ def test_a_merge_that_is_nearly_one_model_names_its_temperature(bench: Bench) ->
             "every matrix is merged, whatever its",
         ),
         (SafeMerge(threshold=0.3, fraction=None), {"fraction_merged": 0.0}, "no matrix is merged"),
+        (Interpolate(t=0.5), {}, ""),
+        (Interpolate(t=1.0), {}, "t 1: an end of the walk"),
+        (GradientStep(), {}, ""),
+        (GradientStep(length=0.0), {}, "length 0: no step"),
+        (AlignMerge(), {}, ""),
+        (AlignMerge(lambda_align=0.0), {}, "lambda_align 0: there is no shield"),
         (MergeAlign(), {}, ""),
         (MergeAlign(variant="thakkar", beta=0.0), {}, "beta 0: nothing of these vectors is merged"),
     ],
