@@ -30,7 +30,7 @@ def rows_alike(manifest: Manifest) -> dict[tuple[str, str], str]:
             if same and _stands_for(one, aliases) != _stands_for(other, aliases):
                 found.setdefault((one, other), f"the same weights in {family}, {seed}")
     means = _overall(places)
-    declared = [aliases for aliases in manifest.get("aliases", {}).values()] or [{}]
+    declared = list(manifest.get("aliases", {}).values()) or [{}]
     for one, other in combinations(means, 2):
         apart = all(_stands_for(one, aliases) != _stands_for(other, aliases) for aliases in declared)
         if apart and _close(means[one], means[other]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from alignmerge.engine.kernels import overridden
@@ -51,7 +52,8 @@ class Findings:
         recipe = {key: value for key, value in manifest.items() if key not in PASSING}
         recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
         recipe["against"] = self._against()
-        for key, table in {"selection": self.choice.points, "sweeps": self._sweeps()}.items():
+        tables = {"selection": self.choice.points, "sweeps": self._sweeps(), "matched": self._matched()}
+        for key, table in tables.items():
             recipe[key] = None if table is None else table.to_csv()
         return recipe
 
@@ -69,7 +71,22 @@ class Findings:
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
             notes=self._notes(), against=self._against(), supplement=supplement,
         )  # fmt: skip
+        matched = self._matched()
+        if matched is not None:
+            matched.to_csv(made / "matched.csv", index=False, float_format="%.6g")
         return {}
+
+    def _matched(self) -> pd.DataFrame | None:
+        """Return the matched rows with the refusal rates reached on dev and on test (NaN: not reached)."""
+        if self.choice.matched is None:
+            return None
+        rates: dict[tuple[str, str], list[float]] = {}
+        for one in self.rows:
+            if one.cell.row.endswith(MATCHED):
+                values = one.values.set_index("column")["value"].loc["refusal_rate"]
+                rates.setdefault((one.cell.family, one.cell.row), []).append(float(values.mean()))
+        places = zip(self.choice.matched["family"], self.choice.matched["row"], strict=True)
+        return self.choice.matched.assign(test=[np.mean(rates.get(place, [np.nan])) for place in places])
 
     def _against(self) -> list[str]:
         """Return the rows that others are compared with, as far as they were measured."""
@@ -174,10 +191,15 @@ def _notes_on_choice(experiment: Experiment, choice: Choice) -> list[str]:
     if choice.matched is not None:
         target = f"{experiment.grid.matched_refusal:g}, at most {NEAR:g} away"
         notes.append(f"'{MATCHED}' rows: the setting with the dev refusal rate nearest to {target}.")
-        for line in choice.matched[~choice.matched["reached"]].to_dict("records"):
-            nearest = f"the nearest dev refusal rate is {line['dev']:.3f}"
-            notes.append(f"{line['row']} ({line['family']}): not reached; {nearest}.")
+        for row, lines in choice.matched.groupby("row", sort=False):
+            notes.append(f"{row}, refusal rate on dev: {', '.join(map(_rate, lines.to_dict('records')))}.")
     return notes + _notes_on_excluded(choice)
+
+
+def _rate(line: Mapping[Any, Any]) -> str:
+    """Say which dev refusal rate a matched row reached in a family, or that it reached none."""
+    rate = f"{line['dev']:.3f}"
+    return f"{rate if line['reached'] else f'not reached, nearest {rate}'} ({line['family']})"
 
 
 def _notes_on_excluded(choice: Choice) -> list[str]:
