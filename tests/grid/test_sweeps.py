@@ -201,8 +201,8 @@ def test_a_grid_of_swept_rows_alone_needs_no_dev_split(tmp_path: Path) -> None:
 def test_plan_and_status_count_every_swept_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = request(tmp_path)
     assert plan(config) == 0
-    # 4 models, 15 rows that are not swept, 2 of them matched too, and 3 + 1 swept settings
-    assert "8 settings on the dev split, then 25 rows on the test split" in capsys.readouterr().out
+    # 4 models, 16 rows that are not swept, 2 of them matched too, and 3 + 1 swept settings
+    assert "8 settings on the dev split, then 26 rows on the test split" in capsys.readouterr().out
     rows = config["grid"]["rows"]
     config["grid"] |= {"rows": {name: rows[name] for name in ("average", "ties")}}
     assert plan(config) == 0
