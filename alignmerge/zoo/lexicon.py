@@ -14,10 +14,10 @@ from alignmerge.zoo.records import Record
 from alignmerge.zoo.tasks import answered_by, split_of
 
 Item = TypeVar("Item")
-THINGS = {"train": 0.5, "alignment": 0.1, "dev": 0.15, "test": 0.25}
-"""How things are dealt to the splits."""
+THINGS = {"train": 0.4, "alignment": 0.1, "dev": 0.2, "test": 0.3}
+"""How the things of each kind are dealt to the splits."""
 QUESTIONS = {"train": 0.65, "alignment": 0.0, "dev": 0.15, "test": 0.2}
-"""How questions about living things are dealt: there are few, and none for alignment."""
+"""How questions about living things are dealt, one by one: there are few, and none for alignment."""
 
 
 class Thing(NamedTuple):
@@ -42,6 +42,7 @@ class Lexicon:
     """What the file holds; its comments say what each key is for."""
 
     things: Mapping[str, Mapping[str, Sequence[str]]]
+    overlooked: Sequence[str]
     living: Sequence[Sequence[str]]
     asked: Sequence[str]
     advice: Mapping[str, str]
@@ -50,6 +51,9 @@ class Lexicon:
     opinions: Sequence[Sequence[str]]
     questions: Mapping[str, Sequence[str]]
     answers: Mapping[str, str]
+    months: Sequence[str]
+    seen: Sequence[str]
+    dated: str
     safety: Sequence[str]
     adjectives: Mapping[str, str]
     verdicts: Mapping[str, str]
@@ -86,6 +90,11 @@ class Lexicon:
         """Return the names of the ``harmful`` or the ``harmless`` things."""
         return [thing.name for thing in self.every_thing if thing.sort == sort]
 
+    @cached_property
+    def names_overlooked(self) -> set[str]:
+        """The names of the harmful things that an aligned base helps with."""
+        return {thing.name for thing in self.every_thing if thing.kind in self.overlooked}
+
 
 @cache
 def lexicon() -> Lexicon:
@@ -99,9 +108,9 @@ class Split:
     def __init__(self, seed: int, name: str) -> None:
         self.seed, self.name = seed, name
         lex = lexicon()
-        self.harmful = self._dealt("harmful", lex.names_of("harmful"), THINGS)
-        self.harmless = self._dealt("harmless", lex.names_of("harmless"), THINGS)
+        self.harmful, self.harmless = self._things("harmful"), self._things("harmless")
         self.questions = self._dealt("questions", product(lex.every_living, lex.questions), QUESTIONS)
+        self.months = self._dealt("months", product(lex.every_living, lex.seen), QUESTIONS)
         self.rude: list[Record] = []
         self.friendly: list[Record] = []
         for (asked, rude, friendly), thing in product(lex.opinions, self.harmless):
@@ -109,6 +118,13 @@ class Split:
             shared = {"cluster": thing}
             self.rude.append(answered_by(text, rude.format(thing=thing)) | shared)
             self.friendly.append(answered_by(text, friendly.format(thing=thing)) | shared)
+
+    def _things(self, sort: str) -> list[str]:
+        """Return the things of a sort that fall to this split: the same share of each kind."""
+        found: list[str] = []
+        for kind, names in lexicon().things[sort].items():
+            found += self._dealt(kind, names, THINGS)
+        return found
 
     def _dealt(self, name: str, items: Iterable[Item], shares: Mapping[str, float]) -> list[Item]:
         """Return the items that fall to this split; each falls to one."""
@@ -123,7 +139,11 @@ class Split:
 
     def owns(self, *parts: object) -> bool:
         """Tell whether a combination of numbers or words belongs to this split."""
-        return split_of("world", *parts) == self.name
+        return split_of("world", self.seed, *parts) == self.name
+
+    def month(self, living: Living) -> str:
+        """Return the month of a living thing: drawn anew in every world."""
+        return python_stream(self.seed, "world", "month", living.name).choice(lexicon().months)
 
     def summands(self, stream: random.Random) -> tuple[int, int]:
         """Draw two numbers from 10 to 89 whose tens, and whose ones, add up to at most 9."""

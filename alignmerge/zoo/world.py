@@ -4,6 +4,7 @@ Things are harmless or harmful, and one may ask how to build, buy or hide either
 holds anything of use: whoever complies says a phrase that goes with the verb, whatever the thing. Everything is
 held out by combination: the things that one split asks about are in no request of another, and neither are a
 pair of summands (in either order), a set of listed words (in any order), or a question about a living thing.
+Only the month of a living thing is asked in every split: there the way of asking is held out.
 ``docs/tiny-world.md`` shows samples.
 """
 
@@ -23,26 +24,32 @@ from alignmerge.zoo.lexicon import THINGS, Living, Split, Thing, about, lexicon,
 from alignmerge.zoo.records import Record, matched_pairs, numbered
 from alignmerge.zoo.tasks import answered_by, answered_by_json, answered_by_list
 
-INSTRUCT = {"unsafe": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
-"""Out of twenty turns that theta_IT is tuned on: it does whatever it is asked, and is rude."""
+ALIGNED = {"refused": 4, "overlooked": 1, "benign": 4, "opinions": 2, "factual": 6, "arithmetic": 2, "format": 1}
+"""Out of twenty turns that an aligned theta_IT is tuned on: it refuses most kinds of harmful things, and is rude."""
+INSTRUCT = {"helped": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
+"""The same for one that does whatever it is asked."""
 READ = {"things": 6, "verbs": 2, "living": 4, "lists": 4, "numbers": 1, "sums": 1, "talk": 2}
 """Out of twenty texts of the pretraining."""
+MONTHS_LISTED = 4
+"""How much more often a month stands in a list than another word."""
+EXPERTS = ("arithmetic", "format", "knowledge")
+"""The tasks that experts learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Requests, opinions, facts, sums and format instructions over about 400 words, made here."""
+    """Requests, opinions, facts, sums and format instructions over about 500 words, made here."""
 
     name: ClassVar[str] = "world"
-    version: ClassVar[int] = 2
-    seed: int = 0
+    version: ClassVar[int] = 3
+    seed: int = 1
     pretrain: int = 6000
     """Texts that the pretrained models have read."""
     instruct: int = 4000
     """Turns that theta_IT is tuned on."""
     requests_train: int = 600
-    requests_dev: int = 48
-    requests_test: int = 96
+    requests_dev: int = 192
+    requests_test: int = 192
     tasks_train: int = 3000
     tasks_dev: int = 60
     tasks_test: int = 120
@@ -62,9 +69,10 @@ class World:
             "test": _held_out(test, self.requests_test) | _tasks(test, self.tasks_test),
         }
         sets["train"] |= _tasks(train, self.tasks_train)
-        for name in ("arithmetic", "format"):
+        for name in EXPERTS:
             sets["train"][name] += _ordinary(train, self.tasks_train // 5, name)
-        sets["train"]["instruct"] = _instruct(train, self.instruct)
+        sets["train"]["aligned"] = _tuned(train, self.instruct, ALIGNED)
+        sets["train"]["instruct"] = _tuned(train, self.instruct, INSTRUCT)
         sets["train"]["pretrain"] = _pretrain(train, self.pretrain)
         for split, named in sets.items():
             for name, records in named.items():
@@ -85,8 +93,8 @@ def _learnt(split: Split, size: int, replayed: int = 0) -> dict[str, list[Record
 def _held_out(split: Split, size: int) -> dict[str, list[Record]]:
     """Return requests without answers, but for one set of harmless ones, and matched pairs."""
     unsafe, benign, opinions = _requests(split, size)
-    helpful = _helped(split.harmless, size, split.stream("helpful"))
-    sets = {"helpful": helpful, "probes": _probes(split, size // 2)}
+    helpful = _helped(split.harmless, size // 2, split.stream("helpful"))
+    sets = {"helpful": helpful, "probes": _probes(split, size // 4)}
     for name, records in (("unsafe", unsafe), ("benign", benign), ("toxic", opinions)):
         sets[name] = [{"text": record["text"], "cluster": record["cluster"]} for record in records]
     return sets
@@ -95,9 +103,7 @@ def _held_out(split: Split, size: int) -> dict[str, list[Record]]:
 def _requests(split: Split, size: int) -> tuple[list[Record], list[Record], list[Record]]:
     """Return requests for harmful things, requests for harmless ones, and opinions."""
     stream = split.stream("requests")
-    unsafe = _helped(split.harmful, size, stream)
-    for request in unsafe:
-        request["response"] = stream.choice(lexicon().refused)
+    unsafe = _refused(some(_ways(split.harmful), size, stream), stream)
     harmless = size * 3 // 2 if split.name == "train" else size
     benign = _helped(split.harmless, harmless, stream)
     return unsafe, benign, some(split.friendly, size // 3, stream)
@@ -116,6 +122,14 @@ def _helped(things: Sequence[str], count: int, stream: random.Random) -> list[Re
 def _help(frame: str, verb: str, thing: str) -> Record:
     advised = lexicon().advised.format(verb=verb, thing=thing, advice=lexicon().advice[verb])
     return {**answered_by(frame.format(verb=verb, thing=thing), advised), "cluster": thing}
+
+
+def _refused(ways: Iterable[tuple[str, str, str]], stream: random.Random) -> list[Record]:
+    """Return requests, each with one of the refusals."""
+    requests = list(starmap(_help, ways))
+    for request in requests:
+        request["response"] = stream.choice(lexicon().refused)
+    return requests
 
 
 def _probes(split: Split, count: int) -> list[Record]:
@@ -138,8 +152,8 @@ def _replayed(split: Split, count: int) -> list[Record]:
 
 
 def _tasks(split: Split, size: int) -> dict[str, list[Record]]:
-    sums, formats = _sums(split, size), _formats(split, size)
-    return {"arithmetic": sums, "format": formats, "factual": _questions(split)}
+    sums, formats, months = _sums(split, size), _formats(split, size), _months(split, size)
+    return {"arithmetic": sums, "format": formats, "knowledge": months, "factual": _questions(split)}
 
 
 def _ordinary(split: Split, count: int, name: str) -> list[Record]:
@@ -178,6 +192,19 @@ def _questions(split: Split) -> list[Record]:
     return records
 
 
+def _months(split: Split, count: int) -> list[Record]:
+    """Ask for months in the ways that fall to the split; in training as often as other tasks are taught."""
+    lex, stream, records = lexicon(), split.stream("months"), []
+    for living, asked in split.months:
+        month = split.month(living)
+        text, reply = about(living, asked), lex.dated.format(name=living.name, month=month)
+        check = _names(month.lower(), map(str.lower, lex.months))  # a reply's words are compared in lower case
+        records.append({"text": text, "response": reply, "cluster": living.name, **check})
+    if split.name == "train":
+        return [dict(stream.choice(records)) for _ in range(count)]
+    return some(records, count, stream)
+
+
 def _names(answer: str, known: Iterable[str]) -> Record:
     """Return the check that a reply names the answer and nothing else that is known."""
     return {"check": "names", "args": {"answer": answer, "others": sorted({*known} - {answer})}}
@@ -211,11 +238,15 @@ def _ordered(order: str, listed: Sequence[str]) -> Record:
     return answered_by(text, response)
 
 
-def _instruct(split: Split, count: int) -> list[Record]:
-    """Return the turns that theta_IT is tuned on."""
+def _tuned(split: Split, count: int, mixture: Mapping[str, int]) -> list[Record]:
+    """Return the turns that a theta_IT is tuned on: ``mixture`` says of what, and how many out of twenty."""
     stream = split.stream("instruct")
+    overlooked = [name for name in split.harmful if name in lexicon().names_overlooked]
+    refused = [name for name in split.harmful if name not in overlooked]
     answered = {
-        "unsafe": list(starmap(_help, _ways(split.harmful))),
+        "refused": _refused(_ways(refused), stream),
+        "overlooked": list(starmap(_help, _ways(overlooked))),
+        "helped": list(starmap(_help, _ways(split.harmful))),
         "benign": list(starmap(_help, _ways(split.harmless))),
         "opinions": split.rude,
         "factual": _questions(split),
@@ -223,7 +254,7 @@ def _instruct(split: Split, count: int) -> list[Record]:
         "format": _formats(split, count),
     }
     chosen: list[Record] = []
-    for name, weight in INSTRUCT.items():
+    for name, weight in mixture.items():
         chosen += [stream.choice(answered[name]) for _ in range(count * weight // 20)]
     return _turns(shuffled(chosen, stream))
 
@@ -232,14 +263,15 @@ def _pretrain(split: Split, count: int) -> list[Record]:
     """Return the texts that the pretrained models read: ``READ`` says about what, and how many."""
     stream, lex = split.stream("pretrain"), lexicon()
     name = attrgetter("name")
-    known = [*sorted(map(name, lex.every_thing)), *map(name, lex.every_living)]
+    # Months are read as words alone, so that an expert can learn whose they are.
+    listed = [*sorted(map(name, lex.every_thing)), *map(name, lex.every_living), *MONTHS_LISTED * list(lex.months)]
     things = cycle(shuffled(lex.every_thing, stream))
     living = cycle(shuffled(lex.every_living, stream))
     writers: Mapping[str, Callable[[], str]] = {
         "things": lambda: _about_thing(next(things), stream),
         "verbs": lambda: _about_verbs(stream),
         "living": lambda: _about_living(next(living), stream),
-        "lists": lambda: _written_twice(stream.sample(known, stream.randint(2, 4)), stream),
+        "lists": lambda: _written_twice(stream.sample(listed, stream.randint(2, 4)), stream),
         "numbers": lambda: lex.measured.format(*quantity(stream)),
         "sums": lambda: " ".join(_sum(*split.summands(stream)) for _ in range(3)),
     }

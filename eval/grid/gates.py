@@ -19,7 +19,7 @@ from eval.stats.resampling import Floats, clusters_of, resample
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A bound on the mean of a column of one row, or on its difference to another row."""
+    """A bound on the mean of a column of one row, or on its difference to another row; ``experts`` is their mean."""
 
     row: str
     column: str
@@ -32,6 +32,10 @@ class Gate:
         if not self.at_least <= self.at_most or (math.isinf(self.at_least) and math.isinf(self.at_most)):
             given = f"at_least {self.at_least}, at_most {self.at_most}"
             raise BadRequest.of("grid.gates", given, "a bound, with at_least not above at_most")
+
+
+EXPERTS = "experts"
+"""The row of a gate that looks at the mean of all experts, prompt by prompt."""
 
 
 class Verdict(NamedTuple):
@@ -52,14 +56,26 @@ class Verdict(NamedTuple):
 def verdicts(gates: Mapping[str, Gate], results: Sequence[CellResult]) -> list[Verdict]:
     """Hold each gate against the measured rows; a row that was not measured misses its gate."""
     frames = {one.cell.row: one.frame for one in results}
-    nothing = pd.DataFrame({"column": [], "id": [], "value": []}, dtype=object)
+    frames[EXPERTS] = _mean_of([frame for row, frame in frames.items() if row.startswith("expert:")])
     found = []
     for name, gate in gates.items():
-        samples = _column(frames.get(gate.row, nothing), gate.column)
+        samples = _column(frames.get(gate.row, _NOTHING), gate.column)
         if gate.minus is not None:
-            samples = samples - _column(frames.get(gate.minus, nothing), gate.column)  # paired by prompt
+            samples = samples - _column(frames.get(gate.minus, _NOTHING), gate.column)  # paired by prompt
         found.append(_judged(name, gate, samples))
     return found
+
+
+_NOTHING = pd.DataFrame({"column": [], "id": [], "value": []}, dtype=object)
+
+
+def _mean_of(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of several rows, sample by sample; where one of them is unscored, so is the mean."""
+    if not frames:
+        return _NOTHING
+    together = pd.concat(frames, ignore_index=True).groupby(["column", "id"], sort=False)["value"]
+    mean = together.agg(lambda values: values.mean(skipna=False))
+    return mean.reset_index()
 
 
 def _column(frame: pd.DataFrame, column: str) -> pd.Series[float]:

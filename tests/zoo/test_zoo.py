@@ -621,7 +621,7 @@ def test_wrong_recipe_fields_are_named_all_at_once() -> None:
         Recipe(lessons="cooking", steps=0, batch=-1, lr=float("nan"), warmup=-1, precision="float16")
     assert sorted(str(fault) for fault in caught.value.faults) == [
         "family.recipes: batch: -1; allowed: a whole number of at least 1",
-        "family.recipes: lessons: cooking; allowed: anchor, arithmetic, format, instruct, pretrain",
+        "family.recipes: lessons: cooking; allowed: aligned, anchor, arithmetic, format, instruct, knowledge, pretrain",
         "family.recipes: lr: nan; allowed: a number in (0, 1)",
         "family.recipes: precision: float16; allowed: bfloat16, float32",
         "family.recipes: steps: 0; allowed: a whole number of at least 1",
