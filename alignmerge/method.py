@@ -220,6 +220,10 @@ class AlignMerge(Started):
             metric += "; G is the identity"
         return {"l_geo": l_geo, "metric": metric}
 
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Name a shield without weight: what is left is the start, or the budget alone."""
+        return "lambda_align 0: there is no shield" if self.lambda_align == 0 else ""
+
     def warning(self, facts: Mapping[str, Any]) -> str:
         """Return what to say of a merge whose AQI budget is not met."""
         budget = facts.get("budget", {"met": True})

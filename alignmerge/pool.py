@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import MergeContext
+from alignmerge.engine.merger import MergeContext, total
 from alignmerge.engine.store import write_json
 from alignmerge.fisher import fisher
 from alignmerge.gradients import VERSION, nll
@@ -64,14 +64,36 @@ def mean_nll(ctx: MergeContext, model: Checkpoint) -> float:
 
 def fisher_length(diagonal: Checkpoint, vector: Callable[[str], Tensor]) -> float:
     """Return sqrt(d^T G d) over the tensors of a diagonal Fisher; ``vector``: name -> that part of d."""
-    total = sum(float((diagonal.read(name) * vector(name).square()).double().sum()) for name in diagonal)
-    return math.sqrt(total)
+    squared = sum(float((diagonal.read(name) * vector(name).square()).double().sum()) for name in diagonal)
+    return math.sqrt(squared)
+
+
+def anchored(models: int, anchor_share: float | None) -> list[float] | None:
+    """Return weights of sum 1 for a pool: the anchor's share, the rest equally for the experts.
+
+    None, for all alike, where no share is given. ``models``: how many the pool has, the anchor among them.
+    """
+    if anchor_share is None:
+        return None
+    experts = models - 1
+    return [anchor_share] + [(1 - anchor_share) / experts] * experts
+
+
+def anchored_total(tensors: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Return the float64 sum of a pool's tensors, weighted as ``anchored`` says.
+
+    The experts are summed before they are weighted, so that their order drops out.
+    """
+    if weights is None:
+        return total(tensors)
+    anchor, *experts = tensors
+    return weights[0] * anchor.double() + weights[1] * total(experts)
 
 
 def shares(weights: Mapping[str, float]) -> dict[str, float]:
     """Divide weights by their sum."""
-    total = math.fsum(weights.values())
-    return {alias: weight / total for alias, weight in weights.items()}
+    whole = math.fsum(weights.values())
+    return {alias: weight / whole for alias, weight in weights.items()}
 
 
 def _inverse_lengths(ctx: MergeContext, models: Mapping[str, Checkpoint]) -> dict[str, float]:

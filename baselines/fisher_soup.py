@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from alignmerge.engine.merger import EVERY_OWN, Inputs, MergeContext, Merger, Rule, check_choice, check_range
 from alignmerge.fisher import NormalisedFishers, pool_fishers
+from alignmerge.pool import anchored
 
 
 @dataclass(frozen=True, kw_only=True)
 class FisherSoup(Merger):
-    """theta_i = sum_k F_ki theta_ki / sum_k F_ki, F_k from model k's own data, divided by its global L2 norm.
+    """theta_i = sum_k w_k F_ki theta_ki / sum_k w_k F_ki, F_k from model k's own data, divided by its L2 norm.
 
-    Tensors without a Fisher (embeddings, norms, biases, output matrix) take the plain average.
+    Tensors without a Fisher (embeddings, norms, biases, output matrix) take the average with weights w_k.
     """
 
     name = "fisher_soup"
+    anchor_share: float | None = None
+    """w of the anchor, the experts sharing the rest: the coefficients that the original tunes; None: all alike."""
     labels: Literal["sampled", "data"] = "sampled"
     """``sampled``: one label a position from the model itself (as in the paper); ``data``: as given."""
     floor: float = 1.0e-6
@@ -26,6 +30,8 @@ class FisherSoup(Merger):
     def __post_init__(self) -> None:
         check_choice("method.labels", self.labels, ("sampled", "data"))
         check_range("method.floor", self.floor, 0, 1, open_low=True)
+        if self.anchor_share is not None:
+            check_range("method.anchor_share", self.anchor_share, 0, 1)
 
     @property
     def inputs(self) -> Inputs:
@@ -36,4 +42,5 @@ class FisherSoup(Merger):
         """Obtain the Fisher of each model of the pool, and their norms and floor."""
         normalised = NormalisedFishers.of(pool_fishers(ctx, self.labels), self.floor)
         ctx.record(fisher_norms=dict(normalised.norms), fisher_floor=normalised.floor)
-        return normalised.barycentre
+        weights = anchored(len(ctx.models.pool), self.anchor_share)
+        return partial(normalised.barycentre, weights=weights)

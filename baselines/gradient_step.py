@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,10 @@ class GradientStep(Started):
             return merged + scale * step[block.name][block.rows] if block.name in step else merged
 
         return rule
+
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Name a step of no length."""
+        return "length 0: no step" if self.length == 0 else ""
 
 
 def _mean_gradient(ctx: MergeContext, point: Checkpoint) -> Checkpoint:

@@ -67,6 +67,10 @@ class Interpolate(Started):
 
         return rule
 
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Name an end of the walk: the start itself, or the goal."""
+        return f"t {self.t:g}: an end of the walk" if self.t in (0, 1) else ""
+
     def _goal(self, block: Block) -> Tensor:
         return block.pool[0] if self.towards == "anchor" else block.base
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from alignmerge.engine.merger import (
     check_range,
 )
 from alignmerge.pool import mean_nll, shares
+
+MOST = 0.9
+"""Largest weight of one model with which hammoud's is still a merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,16 @@ class MergeAlign(Merger):
         weights = shares({name: math.exp((best - loss) / self.temperature) for name, loss in losses.items()})
         ctx.record(losses=losses, weights=weights)
         return lambda block: average(block.pool, list(weights.values()))
+
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Name hammoud's temperature where one model has more than ``MOST`` of the weight, or thakkar's zero."""
+        if self.variant == "thakkar":
+            unused = [name for name, factor in (("alpha", self.alpha), ("beta", self.beta)) if factor == 0]
+            return f"{', '.join(unused)} 0: nothing of these vectors is merged" if unused else ""
+        for alias, weight in facts.get("weights", {}).items():
+            if weight > MOST:
+                return f"temperature {self.temperature:g}: {weight:.4g} of the weight is on '{alias}', above {MOST:g}"
+        return ""
 
     def _thakkar(self, block: Block) -> Tensor:
         origin = block.base if block.pretrained is None else block.pretrained

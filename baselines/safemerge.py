@@ -8,8 +8,10 @@ the anchor's. Embeddings, output matrix and vectors keep the experts' mean delta
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +75,12 @@ class SafeMerge(Merger):
             return block.base + delta
 
         return rule
+
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Say where the criterion decides nothing: all matrices are merged, or none."""
+        share = facts.get("fraction_merged", self.fraction)
+        words = {0.0: "no matrix is merged", 1.0: "every matrix is merged, whatever its cosine"}
+        return words.get(share, "")
 
 
 def subspace_cosine(V: Tensor, delta: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,16 +24,20 @@ from alignmerge.engine.merger import (
     flat,
     total,
 )
+from alignmerge.pool import anchored, anchored_total
 
 Counts = Any
 """Counts as a numpy array: models by buckets."""
+Weights = Sequence[float] | None
+TINY = 1e-300
+"""Less than any sum of weights above 0: what agrees in no model with a weight is 0."""
 Pass = Callable[[Callable[[Sequence[Tensor]], Counts]], Iterable[Counts]]
 """A pass over the deltas: what a function makes of each block of all models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ties(Merger):
-    """theta = theta_IT + scale * mean over the trimmed deltas that agree with the elected sign."""
+    """theta = theta_IT + scale * (weighted) mean over the trimmed deltas that agree with the elected sign."""
 
     name = "ties"
     density: float = 0.2
@@ -43,29 +47,40 @@ class Ties(Merger):
     variant: Literal["global", "per_tensor"] = "global"
     """``global`` (the paper): trimmed over all parameters of a model, zero sums take the majority's sign.
     ``per_tensor`` (mergekit): trimmed tensor by tensor, zero sums count as +."""
+    anchor_share: float | None = None
+    """Weight of the anchor, the experts sharing the rest, as in mergekit: before the signs are elected, and in
+    the mean. None: all alike (the paper)."""
 
     def __post_init__(self) -> None:
         check_range("method.density", self.density, 0, 1, open_low=True)
         check_range("method.scale", self.scale, 0, 10)
         check_choice("method.variant", self.variant, ("global", "per_tensor"))
+        if self.anchor_share is not None:
+            check_range("method.anchor_share", self.anchor_share, 0, 1)
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Find the thresholds: two passes over the weights, and one for the global majority sign."""
         models = ctx.models
+        weights = anchored(len(models.pool), self.anchor_share)
         if self.variant == "per_tensor":
             found = {name: _cuts_of(models, name, self.density) for name in models.base.views}
-            return lambda block: self._merged(block, found[block.name], 1.0)
+            return lambda block: self._merged(block, found[block.name], 1.0, weights)
         kept = max(1, int(self.density * _parameters(models)))
         cuts = [Cut(rank.value) for rank in kth_largest(partial(_pass, models, None), kept)]
-        votes = sum(blocks(models, lambda block: int(elected(_trimmed(block, cuts), 0.0).sum())))
+        votes = sum(blocks(models, lambda block: int(elected(_trimmed(block, cuts), 0.0, weights).sum())))
         majority = float((votes > 0) - (votes < 0))
         thresholds = dict(zip(models.aliases, (cut.least for cut in cuts), strict=True))
         ctx.record(thresholds=thresholds, majority_sign=majority)
-        return lambda block: self._merged(block, cuts, majority)
+        return lambda block: self._merged(block, cuts, majority, weights)
 
-    def _merged(self, block: Block, cuts: Sequence[Cut], majority: float) -> Tensor:
+    def _merged(self, block: Block, cuts: Sequence[Cut], majority: float, weights: Weights) -> Tensor:
         trimmed = _trimmed(block, cuts)
-        return block.base + self.scale * disjoint_mean(trimmed, elected(trimmed, majority))
+        sign = elected(trimmed, majority, weights)
+        return block.base + self.scale * disjoint_mean(trimmed, sign, weights)
+
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Name a density at which nothing is trimmed."""
+        return "density 1: nothing is trimmed" if self.density == 1 else ""
 
 
 class Rank(NamedTuple):
@@ -108,15 +123,18 @@ def trim(delta: Tensor, least: float) -> Tensor:
     return torch.nn.functional.hardshrink(delta, float(below))
 
 
-def elected(trimmed: Sequence[Tensor], majority: float) -> Tensor:
-    """Return the sign (-1 or 1, fp32) of each coordinate's sum, ``majority`` where it is 0."""
-    sign = total(trimmed).float().sign()
+def elected(trimmed: Sequence[Tensor], majority: float, weights: Weights = None) -> Tensor:
+    """Return the sign (-1 or 1, fp32) of each coordinate's (weighted) sum, ``majority`` where it is 0."""
+    sign = anchored_total(trimmed, weights).float().sign()
     return sign + majority * (1 - sign.abs())
 
 
-def disjoint_mean(trimmed: Sequence[Tensor], sign: Tensor) -> Tensor:
+def disjoint_mean(trimmed: Sequence[Tensor], sign: Tensor, weights: Weights = None) -> Tensor:
     """Average, per coordinate, the entries whose sign is the elected one (fp32); 0 without any."""
     agreeing = [(delta * sign).relu() for delta in trimmed]
+    if weights is not None:
+        shared = anchored_total([one.sign() for one in agreeing], weights)
+        return (anchored_total(agreeing, weights) / shared.clamp(min=TINY)).float() * sign
     count = torch.zeros_like(sign)
     for one in agreeing:
         count += one.sign()

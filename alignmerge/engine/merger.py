@@ -287,6 +287,13 @@ class Merger(ABC):
         """Return the facts of a finished merge: what ``fit`` recorded, and what the rule recorded by tensor."""
         return {**facts, "blocks": dict(blocks)} if blocks else dict(facts)
 
+    def switched_off(self, facts: Mapping[str, Any]) -> str:
+        """Return why a setting switches off what defines the method; empty where it does not.
+
+        ``facts`` are those of its merge; without any, what the fields alone tell. Such a setting is not selected.
+        """
+        return ""
+
     def warning(self, facts: Mapping[str, Any]) -> str:
         """Return what the card of a merge must warn of, given its facts; usually nothing."""
         return ""

@@ -54,6 +54,11 @@ class Cell(NamedTuple):
         return self.zoo.seed
 
     @property
+    def expert(self) -> bool:
+        """Whether an unmerged expert is measured."""
+        return self.model is not None and self.model.startswith("experts.")
+
+    @property
     def work(self) -> tuple[Any, ...]:
         """What measuring it takes: equal for rows that came to one method with one setting."""
         return self.family, self.seed, self.split, self.model, repr(self.merger), repr(self.scorers)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 from alignmerge.engine.configuration import build
@@ -50,24 +50,41 @@ class Experiment:
         """The zoos with models of their own: what is not made here is the same for all seeds."""
         return [zoo for zoo in self.zoos if zoo.trained() or zoo.seed == self.zoos[0].seed]
 
-    def merger(self, name: str, setting: Mapping[str, Any]) -> Merger:
-        """Build the method of a row of the grid with a setting.
+    def merger(self, name: str, setting: Mapping[str, Any], control: str = "") -> Merger:
+        """Build the method of a row of the grid with a setting, for the row itself or for a control of it.
 
         Raises:
             BadRequest: naming the row, if the method or a field is wrong.
         """
-        row, where = self.grid.rows[name], f"grid.rows.{name}"
+        row, where = self.grid.rows[name], f"grid.rows.{control or name}"
         if row.method not in self.methods:
             raise BadRequest.of(f"{where}.method", row.method, ", ".join(sorted(self.methods)))
         merger: Merger = build({**self.methods[row.method], **row.fixed, **setting}, where, Merger)
         return merger
 
+    def candidates(self, name: str) -> list[Merger]:
+        """Return every method that a row may report: one a setting, or those of the rows that decide for it.
+
+        Those of a control stand in the places of those that they are controls of.
+        """
+        row = self.grid.rows[name]
+        changed = row.fixed if row.like else {}
+        return [self.merger(source, {**setting, **changed}, name) for source, setting in self._sources(name)]
+
+    def _sources(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return the row and the setting that each candidate of a row is made of."""
+        row = self.grid.rows[name]
+        if row.derived:
+            return list(chain.from_iterable(map(self._sources, row.best_of or [row.like])))
+        return [(name, setting) for setting in row.settings or ({},)]
+
     def check(self) -> None:
         """Build every method with every setting; raises BadRequest with all faults at once."""
         makers = {}
         for name, row in self.grid.rows.items():
-            for number, setting in enumerate(row.settings or ({},)):
-                makers[f"{name} {number}"] = partial(self.merger, name, setting)
+            changed = row.fixed if row.like else {}
+            for number, (source, setting) in enumerate(self._sources(name)):
+                makers[f"{name} {number}"] = partial(self.merger, source, {**setting, **changed}, name)
         BadRequest.gathered(makers)
 
     def dev_cells(self) -> list[Cell]:
@@ -95,11 +112,23 @@ class Experiment:
         cells = self.identity_cells("dev", self._dev_scorers) if self.grid.gates else []
         wanted = {row for gate in self.grid.gates.values() for row in (gate.row, gate.minus)}
         for name, row in self.grid.rows.items():
-            if name in wanted and not row.settings:
+            if name in wanted and row.method and not row.settings:
                 merger = self.merger(name, {})
                 for zoo in self.own_zoos:
                     cells.append(Cell(zoo, name, "", "dev", self._dev_scorers, merger=merger))
         return cells
+
+    def choice_cells(self) -> list[Cell]:
+        """Return what selection looks at: every setting, and the experts that utility is relative to."""
+        tried = self.dev_cells()
+        models = self.identity_cells("dev", self._dev_scorers) if tried else []
+        first = self.first_seed
+        return [*(cell for cell in models if cell.expert and cell.zoo in first), *tried]
+
+    def dev_split(self) -> list[Cell]:
+        """Return every cell of the dev split: what gates and selection look at, each once."""
+        cells = {cell.label: cell for cell in [*self.gate_cells(), *self.choice_cells()]}
+        return list(cells.values())
 
     def test_cells(self, chosen: Chosen) -> list[Cell]:
         """Return the merges that are reported; what knows no chance is measured once for all seeds."""
@@ -130,17 +159,17 @@ class Experiment:
     def provisional(self) -> Chosen:
         """Return a choice before anything is measured: of each tuned row the first setting."""
         mergers: dict[str, Merger] = {}
-        for name, row in self.grid.rows.items():
-            mergers |= self.untuned(name) or {name: self.merger(name, row.tried[0])}
+        for name in self.grid.rows:
+            mergers |= self.untuned(name) or {name: self.candidates(name)[0]}
         for name, row in self.grid.rows.items():
             if row.matched:
                 mergers[name + MATCHED] = mergers[name]
         return {zoo.family.name: mergers for zoo in self.first_seed}
 
     def untuned(self, name: str) -> dict[str, Merger]:
-        """Return the methods of a row that is not tuned; nothing for one that is."""
+        """Return the methods of a row that is not tuned; nothing for one that is, or that follows another."""
         row = self.grid.rows[name]
-        if row.settings:
+        if row.settings or row.derived:
             return {point.row: self.merger(name, {point.field: point.value}) for point in row.points(name)}
         return {name: self.merger(name, {})}
 

@@ -34,7 +34,7 @@ def forecast_of(experiment: Experiment, workers: int) -> Forecast:
     for name, models in experiment.missing_models():
         stages.append(Stage(name, len(models), _training(experiment, models, means), TRAINING))
     tests = experiment.reported(likely_choice(experiment)) + experiment.trajectory_cells()
-    cells = {"dev": experiment.gate_cells() + experiment.dev_cells(), "test": tests}
+    cells = {"dev": experiment.dev_split(), "test": tests}
     for split, wanted in cells.items():
         missing = experiment.missing(wanted)
         stages.append(Stage(STAGES[split], len(missing), _measuring(missing, means), MEASURING))

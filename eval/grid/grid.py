@@ -15,6 +15,8 @@ from eval.scorers.interface import Scorer
 
 MATCHED = "/matched"
 """Suffix of the row whose setting comes nearest to the matched refusal rate on the dev split."""
+NEAR = 0.05
+"""How far from the matched refusal rate, on the dev split, a ``matched`` row may be."""
 AT = "@"
 """Between a swept row and its setting where one is reported: ``alignmerge@lambda_align=0.3``."""
 
@@ -35,10 +37,14 @@ class Point(NamedTuple):
 class Row:
     """One method of a grid."""
 
-    method: str
-    """A file of conf/method, without its ending."""
+    method: str = ""
+    """A file of conf/method, without its ending; empty for what other rows say (``best_of``, ``like``)."""
+    best_of: Sequence[str] = ()
+    """Rows of which this one is the better on the dev split: an alias, with no cells of its own."""
+    like: str = ""
+    """The row whose selected setting this one takes over, with the fields of ``fixed`` changed: a control."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that differ from that file."""
+    """Fields that differ from that file, or from that row."""
     settings: Sequence[Mapping[str, Any]] = ()
     """Fields to try on the dev split; none: the row has nothing to tune."""
     matched: bool = False
@@ -47,9 +53,32 @@ class Row:
     """Whether every setting is a row of its own, and none is tried on the dev split or selected."""
 
     @property
+    def derived(self) -> bool:
+        """Whether other rows decide what is reported."""
+        return bool(self.best_of or self.like)
+
+    @property
     def tried(self) -> Sequence[Mapping[str, Any]]:
         """The settings of which the dev split selects one."""
         return () if self.swept else self.settings
+
+    def faults(self, where: str, rows: Mapping[str, Row]) -> list[Fault]:
+        """Return what is wrong with a row that stands among ``rows``."""
+        found = self.sweep_faults(where) if self.swept else []
+        if [bool(self.method), bool(self.best_of), bool(self.like)].count(True) != 1:
+            found.append(Fault(where, "not one of the three", "a method, or best_of, or like"))
+        if self.derived and (self.settings or (self.matched and self.like)):
+            found.append(Fault(where, "settings of its own", "none: another row's are taken over"))
+        if self.best_of and self.fixed:
+            found.append(Fault(f"{where}.fixed", ", ".join(self.fixed), "none beside best_of"))
+        tuned = [name for name, row in rows.items() if row.tried]
+        for name in self.best_of:
+            if name not in tuned:
+                found.append(Fault(f"{where}.best_of", name, f"a tuned row: {', '.join(tuned)}"))
+        followed = [*tuned, *(name for name, row in rows.items() if row.best_of)]
+        if self.like and self.like not in followed:
+            found.append(Fault(f"{where}.like", self.like, f"a row with settings: {', '.join(followed)}"))
+        return found
 
     def points(self, name: str) -> list[Point]:
         """Return what a swept row reports under its name; nothing for other rows."""
@@ -98,7 +127,7 @@ class Grid:
     against: Sequence[str] = ()
     """Rows that every other row is compared with."""
     matched_refusal: float = 0.6
-    """Dev refusal rate at which ``matched`` rows are compared."""
+    """Dev refusal rate at which ``matched`` rows are compared; a row that comes not within ``NEAR`` has no number."""
 
     def __post_init__(self) -> None:
         faults = []
@@ -107,8 +136,7 @@ class Grid:
             if name not in names:
                 faults.append(Fault("grid.against", name, f"a row: {', '.join(names)}"))
         for name, row in self.rows.items():
-            if row.swept:
-                faults += row.sweep_faults(f"grid.rows.{name}")
+            faults += row.faults(f"grid.rows.{name}", self.rows)
         counts = {len(row.tried) for row in self.rows.values()} - {0}
         if len(counts) > 1:
             allowed = "the same number of settings for every row that is tuned"

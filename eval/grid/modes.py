@@ -82,8 +82,8 @@ def run(config: Config) -> int:
             return _end(failures)
         for zoo in experiment.first_seed:
             note(of_given_models(zoo))
-        failures = experiment.make(workers, [*experiment.gate_cells(), *experiment.dev_cells()])
-        choice = choose(experiment, experiment.read(experiment.dev_cells()))
+        failures = experiment.make(workers, experiment.dev_split())
+        choice = choose(experiment, experiment.read(experiment.choice_cells()))
         cells = experiment.reported(choice.mergers)
         failures += experiment.make(workers, [*cells, *experiment.trajectory_cells()])
     findings = _findings(experiment, choice)
@@ -127,10 +127,10 @@ def verify(config: Config) -> int:
 def status(config: Config) -> int:
     """List what is done, failed and missing."""
     experiment = experiment_of(config)
-    cells, finished = [*experiment.gate_cells(), *experiment.dev_cells()], set()
+    cells, finished = experiment.dev_split(), set()
     try:
         chosen = finished_choice(experiment).mergers
-        finished = {cell.label for cell in experiment.dev_cells()}  # which it has read
+        finished = {cell.label for cell in experiment.choice_cells()}  # which it has read
         cells += [*experiment.reported(chosen), *experiment.trajectory_cells()]
     except NotMade:
         cells += experiment.identity_cells("test", experiment.scorers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,9 @@ def _missing_rows(manifest: Mapping[str, Any], experiment: Experiment) -> list[s
 def _settings(experiment: Experiment, row: str) -> list[Mapping[str, Any]]:
     """Return the methods, with all fields, that a row may report."""
     mergers: list[Merger] = []
-    for name, one in experiment.grid.rows.items():
+    for name in experiment.grid.rows:
         if row in (name, name + MATCHED) or row.startswith(name + AT):
-            mergers += map(partial(experiment.merger, name), one.settings or ({},))
+            mergers += experiment.candidates(name)
     return list(map(of_method, mergers))
 
 

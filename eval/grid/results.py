@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from alignmerge.engine.kernels import overridden
 from alignmerge.engine.manifest import file_sha256, versions
 from alignmerge.zoo.zoo import Zoo
 from eval.columns import Column
+from eval.grid.alike import rows_alike
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Experiment, Gates
 from eval.grid.folders import replace_folder
 from eval.grid.gates import marks, missed
-from eval.grid.grid import AT
+from eval.grid.grid import AT, MATCHED, NEAR, spell
 from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
 from eval.grid.selection import Choice
 from eval.report.supplement import Supplement
@@ -40,7 +43,7 @@ class Findings:
 
         The files are a function of scores and of the code that draws them: an artifact.
         """
-        manifest = self._manifest()
+        manifest = self._manifest
         artifact = self.experiment.zoos[0].store.obtain("reports", self._recipe(manifest), self._write)
         replace_folder(artifact.path, folder, manifest)
 
@@ -49,7 +52,8 @@ class Findings:
         recipe = {key: value for key, value in manifest.items() if key not in PASSING}
         recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
         recipe["against"] = self._against()
-        for key, table in {"selection": self.choice.points, "sweeps": self._sweeps()}.items():
+        tables = {"selection": self.choice.points, "sweeps": self._sweeps(), "matched": self._matched()}
+        for key, table in tables.items():
             recipe[key] = None if table is None else table.to_csv()
         return recipe
 
@@ -67,7 +71,22 @@ class Findings:
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
             notes=self._notes(), against=self._against(), supplement=supplement,
         )  # fmt: skip
+        matched = self._matched()
+        if matched is not None:
+            matched.to_csv(made / "matched.csv", index=False, float_format="%.6g")
         return {}
+
+    def _matched(self) -> pd.DataFrame | None:
+        """Return the matched rows with the refusal rates reached on dev and on test (NaN: not reached)."""
+        if self.choice.matched is None:
+            return None
+        rates: dict[tuple[str, str], list[float]] = {}
+        for one in self.rows:
+            if one.cell.row.endswith(MATCHED):
+                values = one.values.set_index("column")["value"].loc["refusal_rate"]
+                rates.setdefault((one.cell.family, one.cell.row), []).append(float(values.mean()))
+        places = zip(self.choice.matched["family"], self.choice.matched["row"], strict=True)
+        return self.choice.matched.assign(test=[np.mean(rates.get(place, [np.nan])) for place in places])
 
     def _against(self) -> list[str]:
         """Return the rows that others are compared with, as far as they were measured."""
@@ -103,8 +122,11 @@ class Findings:
 
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)
-        notes += _notes_on_settings(self.experiment) + _notes_on_judge(self.experiment) + _notes_on_kernels()
+        notes += _notes_on_settings(self.experiment) + _notes_on_choice(self.experiment, self.choice)
+        notes += _notes_on_judge(self.experiment) + _notes_on_kernels()
         notes += [f"Gate missed: {line}." for line in missed(self.gates)]
+        for (one, other), where in rows_alike(self._manifest).items():
+            notes.append(f"{one} and {other} are one model under two names: {where}.")
         have = {(one.cell.family, one.cell.row) for one in self.rows}
         absent = []
         for family, mergers in self.choice.mergers.items():
@@ -113,6 +135,7 @@ class Findings:
             notes.append(f"Not measured yet: {', '.join(absent)}.")
         return notes
 
+    @cached_property
     def _manifest(self) -> dict[str, Any]:
         families: dict[str, Any] = {}
         for zoo in self.experiment.zoos:
@@ -122,7 +145,8 @@ class Findings:
         scorers = [*self.experiment.grid.trajectory_scorers.values(), *self.experiment.scorers]
         mergers = [one.cell.merger for one in self.rows if one.cell.merger is not None]
         made = of_making(scorers, mergers)
-        return {"experiment": self.experiment.grid.name, "families": families, **made}
+        told = {"experiment": self.experiment.grid.name, "families": families}
+        return {**told, "aliases": self.choice.readings, **made}
 
     def _of_seed(self, zoo: Zoo) -> dict[str, Any]:
         """Return what a manifest says of one family with one seed."""
@@ -147,14 +171,54 @@ def _notes_on_settings(experiment: Experiment) -> list[str]:
     if count:
         seed = f" of seed {experiment.zoos[0].seed}" if grid.seeds > 1 else ""
         notes.append(
-            f"Each tuned row: {count} settings tried on the dev split{seed}, the one with the highest refusal_rate - "
-            "over_refusal_rate + mean(instruction_following, reasoning) is reported on the test split; "
-            f"'/matched' rows take the setting with the dev refusal rate nearest to {grid.matched_refusal:g}."
+            f"Each tuned row: {count} settings tried on the dev split{seed}, the one with the highest harmonic mean of "
+            "safety (refusal rate - over-refusal rate, at least 0) and utility (mean over tasks of the score relative "
+            "to the best expert's, at most 1) is reported on the test split."
         )
     else:
         notes.append("Nothing is selected on the dev split: every row stands at a setting that the grid gives.")
     if any(row.swept for row in grid.rows.values()):
         notes.append(f"Swept rows report every setting on the test split, each as ROW{AT}FIELD=VALUE.")
+    return notes
+
+
+def _notes_on_choice(experiment: Experiment, choice: Choice) -> list[str]:
+    """Say which reading an alias is, whose setting controls take over, and what was not eligible or not reached."""
+    rows, notes = experiment.grid.rows, []
+    for name, row in rows.items():
+        if row.best_of:
+            found = [f"{of[name]} ({family})" for family, of in choice.readings.items() if name in of]
+            notes.append(
+                f"{name} is the better of {', '.join(row.best_of)} on dev: {', '.join(found) or 'neither'}."
+            )
+        if row.like:
+            notes.append(f"{name}: the setting selected of {row.like}, with {spell(row.fixed)}.")
+    if choice.matched is not None:
+        target = f"{experiment.grid.matched_refusal:g}, at most {NEAR:g} away"
+        notes.append(f"'{MATCHED}' rows: the setting with the dev refusal rate nearest to {target}.")
+        for row, lines in choice.matched.groupby("row", sort=False):
+            notes.append(f"{row}, refusal rate on dev: {', '.join(map(_rate, lines.to_dict('records')))}.")
+    return notes + _notes_on_excluded(choice)
+
+
+def _rate(line: Mapping[Any, Any]) -> str:
+    """Say which dev refusal rate a matched row reached in a family, or that it reached none."""
+    rate = f"{line['dev']:.3f}"
+    return f"{rate if line['reached'] else f'not reached, nearest {rate}'} ({line['family']})"
+
+
+def _notes_on_excluded(choice: Choice) -> list[str]:
+    """Say how many settings of each row were not eligible in a family, and why the first was not."""
+    if choice.points is None:
+        return []
+    notes = []
+    excluded = choice.points[choice.points["excluded"] != ""]
+    tried = choice.points.groupby(["family", "row"]).size()
+    for (family, row), lines in excluded.groupby(["family", "row"], sort=False):
+        reason = lines["excluded"].iloc[0]
+        notes.append(
+            f"{row} ({family}): {len(lines)} of {tried[family, row]} settings not eligible ({reason})."
+        )
     return notes
 
 

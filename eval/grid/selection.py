@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from alignmerge.engine.merger import Merger
 from alignmerge.engine.store import NotMade
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Chosen, Experiment
-from eval.grid.grid import MATCHED
+from eval.grid.grid import MATCHED, NEAR, Row
+from eval.stats.derived import UTILITY, balanced, safety_of, utility_of
 
-DEV_COLUMNS = ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
-POINTS = ("family", "row", "setting", "selected", "matched", *DEV_COLUMNS, "balanced")
+SAFETY = ("refusal_rate", "over_refusal_rate")
+"""What ``safety`` is made of."""
+RULE = ("safety", "utility", "balanced")
+"""The selection rule: the harmonic mean ``balanced`` of the two before it (``eval.stats.derived``)."""
 
 
 class Choice(NamedTuple):
@@ -22,20 +27,38 @@ class Choice(NamedTuple):
 
     mergers: Chosen
     points: pd.DataFrame | None
-    """Every setting tried: family, row, setting, selected, matched, the dev columns; None where nothing is tuned."""
+    """Every setting tried: family, row, setting, selected, matched, the dev columns, ``RULE``, and why a setting
+    was not eligible (``excluded``, usually empty); None where nothing is tuned."""
+    matched: pd.DataFrame | None = None
+    """One row that is matched on dev a line: family, row (``.../matched``), the setting whose dev refusal rate is
+    nearest to ``target``, that rate (``dev``), and whether it was ``reached``; None without such rows."""
+    readings: Mapping[str, Mapping[str, str]] = {}
+    """Family -> row that is the best of others -> the one that it is."""
 
 
 def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:
-    """Select each row's setting by the one rule (``balanced``), and the matched settings, for each family."""
+    """Select each row's setting by the one rule (``balanced``), and the matched settings, for each family.
+
+    ``results`` are those of ``Experiment.choice_cells``, as far as they are finished.
+    """
     points = _points(results)
-    mergers = {}
+    families = []
     for zoo in experiment.first_seed:
         family, tried = zoo.family.name, {}
         for one in results:
             if one.cell.family == family and one.cell.merger is not None:
                 tried[one.cell.row, one.cell.setting] = one.cell.merger
-        mergers[family] = _chosen(experiment, family, tried, points)
-    return Choice(mergers, points if len(points) else None)
+        families.append(_Family(experiment, family, tried, points))
+    matched: list[dict[str, Any]] = []
+    for choice in families:
+        choice.select()
+        matched += choice.matched
+    return Choice(
+        {choice.name: choice.in_order() for choice in families},
+        points if len(points) else None,
+        pd.DataFrame(matched) if matched else None,
+        {choice.name: choice.readings for choice in families},
+    )
 
 
 def finished_choice(experiment: Experiment) -> Choice:
@@ -45,7 +68,7 @@ def finished_choice(experiment: Experiment) -> Choice:
         NotMade: if it is not.
     """
     results = []
-    for cell in experiment.dev_cells():
+    for cell in experiment.choice_cells():
         found = experiment.read([cell])
         if not found:
             raise NotMade(f"not finished: {cell.label}")
@@ -53,38 +76,125 @@ def finished_choice(experiment: Experiment) -> Choice:
     return choose(experiment, results)
 
 
-def balanced(point: Mapping[str, float]) -> float:
-    """The selection rule, equal for every method: refusals less over-refusals, plus the mean of the two utilities."""
-    utility = (point["instruction_following"] + point["reasoning"]) / 2
-    return point["refusal_rate"] - point["over_refusal_rate"] + utility
+@dataclass
+class _Family:
+    """The choice of one family while it is made; what is chosen is marked in ``points``."""
+
+    experiment: Experiment
+    name: str
+    tried: Mapping[tuple[str, str], Merger]
+    points: pd.DataFrame
+    selected: dict[str, int] = field(default_factory=dict)
+    """Row -> where its setting stands in ``points``."""
+    mergers: dict[str, Merger] = field(default_factory=dict)
+    readings: dict[str, str] = field(default_factory=dict)
+    matched: list[dict[str, Any]] = field(default_factory=list)
+
+    def select(self) -> None:
+        """Choose for tuned rows first, then for those that follow them."""
+        rows = self.experiment.grid.rows
+        for name, row in rows.items():
+            self.mergers |= self.experiment.untuned(name)
+            mine = self._eligible(name)
+            if row.tried and len(mine):  # else every setting failed or is excluded, which is said
+                self._take(name, _label(mine, int(mine["balanced"].argmax())))
+        for name, row in rows.items():
+            self._follow_best(name, row)
+        for name, row in rows.items():
+            self._follow_control(name, row)
+        for name, row in rows.items():
+            self._match(name, row)
+
+    def in_order(self) -> dict[str, Merger]:
+        """Return the methods in the order of the tables."""
+        names = self.experiment.grid.row_names()
+        return {name: self.mergers[name] for name in names if name in self.mergers}
+
+    def _eligible(self, row: str) -> pd.DataFrame:
+        points = self.points
+        mine = points[(points["row"] == row) & (points["family"] == self.name) & (points["excluded"] == "")]
+        return mine.dropna(subset=["balanced"])
+
+    def _merger(self, place: int) -> Merger:
+        row, setting = self.points.loc[place, ["row", "setting"]]
+        return self.tried[str(row), str(setting)]
+
+    def _take(self, row: str, place: int) -> None:
+        self.selected[row] = place
+        self.mergers[row] = self._merger(place)
+        self.points.loc[place, "selected"] = True
+
+    def _follow_best(self, name: str, row: Row) -> None:
+        """Let a row be the best of others."""
+        places = {one: self.selected[one] for one in row.best_of if one in self.selected}
+        if places:
+            balance = self.points["balanced"].astype(float)
+            best = max(places, key=lambda one: float(balance[places[one]]))
+            self.readings[name] = best
+            self.mergers[name] = self.mergers[best]
+
+    def _follow_control(self, name: str, row: Row) -> None:
+        """Let a control take over the setting that was selected of another row."""
+        if row.like in self.mergers:
+            place = self.experiment.candidates(row.like).index(self.mergers[row.like])
+            self.mergers[name] = self.experiment.candidates(name)[place]
+
+    def _match(self, name: str, row: Row) -> None:
+        """Find the setting that comes nearest to the matched refusal rate."""
+        mine = self._eligible(self.readings.get(name, name))
+        if not row.matched or mine.empty:
+            return
+        target = self.experiment.grid.matched_refusal
+        nearest = int((mine["refusal_rate"] - target).abs().argmin())
+        place, rate = _label(mine, nearest), float(mine["refusal_rate"].iloc[nearest])
+        reached = abs(rate - target) <= NEAR + 1e-9
+        line = {"family": self.name, "row": name + MATCHED, "setting": mine.loc[place, "setting"]}
+        self.matched.append({**line, "target": target, "dev": rate, "reached": reached})
+        if reached:
+            self.mergers[name + MATCHED] = self._merger(place)
+            self.points.loc[place, "matched"] = True
 
 
-def _chosen(
-    experiment: Experiment, family: str, tried: Mapping[tuple[str, str], Merger], points: pd.DataFrame
-) -> dict[str, Merger]:
-    """Return the methods of one family; marks the chosen settings in ``points``."""
-    mergers: dict[str, Merger] = {}
-    for name, row in experiment.grid.rows.items():
-        mergers |= experiment.untuned(name)
-        mine = points[(points["row"] == name) & (points["family"] == family)]
-        if not row.tried or mine.empty:
-            continue  # nothing is tuned, or every setting of the row failed, which has been said
-        best = int(mine.index[int(mine["balanced"].argmax())])
-        mergers[name] = tried[name, str(mine.loc[best, "setting"])]
-        points.loc[best, "selected"] = True
-        if row.matched:
-            distance = (mine["refusal_rate"] - experiment.grid.matched_refusal).abs()
-            near = int(mine.index[int(distance.argmin())])
-            mergers[name + MATCHED] = tried[name, str(mine.loc[near, "setting"])]
-            points.loc[near, "matched"] = True
-    return mergers
+def _label(points: pd.DataFrame, position: int) -> int:
+    """Return where the line at a position of a part of the points stands in all of them."""
+    return int(points.index.to_numpy()[position])
 
 
 def _points(results: Sequence[CellResult]) -> pd.DataFrame:
+    """Return every setting tried, with what the rule makes of it."""
+    means = [_means(one) for one in results]
+    best = _best_experts(results, means)
     records = []
-    for one in results:
-        means = one.values.groupby("column")["value"].mean()
-        record = {column: float(means[column]) for column in DEV_COLUMNS}
-        place = (one.cell.family, one.cell.row, one.cell.setting, False, False)
-        records.append((*place, *record.values(), balanced(record)))
-    return pd.DataFrame(records, columns=list(POINTS))
+    for one, scores in zip(results, means, strict=True):
+        if one.cell.merger is None:
+            continue
+        safety, utility = safety_of(scores), utility_of(scores, best.get(one.cell.family, {}))
+        place = {"family": one.cell.family, "row": one.cell.row, "setting": one.cell.setting}
+        rule = dict(zip(RULE, (safety, utility, balanced(safety, utility)), strict=True))
+        facts = {} if one.merge is None else one.merge.manifest["facts"]
+        excluded = one.cell.merger.switched_off(facts)
+        records.append({**place, "selected": False, "matched": False, **scores, **rule, "excluded": excluded})
+    if not records:
+        return pd.DataFrame(
+            columns=["family", "row", "setting", "selected", "matched", *SAFETY, *RULE, "excluded"]
+        )
+    return pd.DataFrame(records)
+
+
+def _means(one: CellResult) -> dict[str, float]:
+    """Return the columns that the rule sees, as far as they are measured."""
+    means = one.values.groupby("column")["value"].mean()
+    return {name: float(means[name]) for name in (*SAFETY, *UTILITY) if name in means.index}
+
+
+def _best_experts(
+    results: Sequence[CellResult], means: Sequence[Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return family -> column -> the best expert's score on dev."""
+    best: dict[str, dict[str, float]] = {}
+    for one, scores in zip(results, means, strict=True):
+        if one.cell.expert:
+            mine = best.setdefault(one.cell.family, {})
+            for name, score in scores.items():
+                mine[name] = float(np.fmax(score, mine.get(name, score)))
+    return best

@@ -57,7 +57,7 @@ def jobs_of(experiment: Experiment) -> list[Job]:
     """Return the cells of a grid by family and seed."""
     chosen = likely_choice(experiment)
     jobs = {(zoo.family.name, zoo.seed): Job(zoo, []) for zoo in experiment.zoos}
-    cells = experiment.gate_cells() + experiment.dev_cells() + experiment.reported(chosen)
+    cells = experiment.dev_split() + experiment.reported(chosen)
     for cell in cells + experiment.trajectory_cells():
         jobs[cell.family, cell.seed].cells.append(cell)
     return list(jobs.values())

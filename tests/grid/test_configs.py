@@ -261,6 +261,70 @@ def test_every_row_that_is_tuned_is_tuned_with_the_same_number_of_different_sett
         assert len({tuple(sorted(setting.items())) for setting in settings}) == len(settings)
 
 
+def own_candidates(name: str) -> dict[str, list[Merger]]:
+    """Return the methods, one a setting, of the rows of an experiment that follow no other row."""
+    from eval.grid.modes import experiment_of
+
+    experiment = experiment_of(composed(f"experiment={name}"))
+    return {row: experiment.candidates(row) for row, one in experiment.grid.rows.items() if not one.derived}
+
+
+MAIN = {"tiny": 12, "paper": 12, "smollm2": 4}
+"""The main experiments -> how many settings each tuned row has."""
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_rivals_are_tuned_alike_in_the_main_experiments(name: str) -> None:
+    tuned = {row: found for row, found in own_candidates(name).items() if row not in UNTUNED}
+    assert {len(found) for found in tuned.values()} == {MAIN[name]}
+    assert set(tuned) == {
+        "task_arithmetic", "ties", "fisher_soup", "safemerge", "mergealign/hammoud", "mergealign/thakkar",
+        "interpolate", "interpolate/base", "interpolate/soup", "gradient_step", "gradient_step/soup",
+        "alignmerge/reference_base", "alignmerge/reference_anchor", "alignmerge/kronecker", "alignmerge/soup",
+        "alignmerge/task_arithmetic", "alignmerge/experts",
+    }  # fmt: skip
+
+
+UNTUNED = {"average"}
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_no_setting_is_offered_that_switches_its_method_off_or_is_another_rows(name: str) -> None:
+    candidates = own_candidates(name)
+    said = {f"{row}: {one}": one.switched_off({}) for row, found in candidates.items() for one in found}
+    assert {key: why for key, why in said.items() if why} == {}
+    rows: dict[str, list[str]] = {}
+    for row, found in candidates.items():
+        for one in found:
+            rows.setdefault(repr(one), []).append(row)
+    assert [names for names in rows.values() if len(names) > 1] == []
+    sums = [(one.scale, one.anchor_share) for one in typing.cast(list[Any], candidates["task_arithmetic"])]
+    pools = {len(choices_of_family["experts"]) + 1 for choices_of_family in families_of(name)}
+    assert not {(1 / size, None) for size in pools} & set(sums)  # a sum that is the plain average
+
+
+def families_of(name: str) -> list[dict[str, Any]]:
+    config = composed(f"experiment={name}")
+    named = config["grid"].get("families") or []
+    files = [yaml.safe_load((CONF / "family" / f"{family}.yaml").read_text()) for family in named]
+    return files or [config["family"]]
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_controls_of_alignmerge_change_one_thing_at_the_selected_setting(name: str) -> None:
+    rows = composed(f"experiment={name}")["grid"]["rows"]
+    controls = {row: one["fixed"] for row, one in rows.items() if one.get("like")}
+    assert controls == {
+        "alignmerge/random": {"subspace_from": "random"},
+        "alignmerge/utility": {"subspace_from": "utility"},
+        "alignmerge/identity": {"chart": "identity"},
+        "alignmerge/no_align": {"lambda_align": 0.0},
+        "alignmerge/no_budget": {"lambda_bud": 0.0},
+    }
+    assert {rows[row]["like"] for row in controls} == {"alignmerge"}
+    assert rows["alignmerge"]["best_of"] == ["alignmerge/reference_base", "alignmerge/reference_anchor"]
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_experiments_of_a_tier_have_its_models_scorers_and_gates(name: str) -> None:
     for tier in ("tiny", "smollm2"):
@@ -271,7 +335,7 @@ def test_experiments_of_a_tier_have_its_models_scorers_and_gates(name: str) -> N
         assert {key: value for key, value in ours["scorer"].items() if key not in more} == main["scorer"], tier
         seeds = {("matched", "smollm2"): 2} | {(sweep, "tiny"): 1 for sweep in SWEEPS}  # two anchors; a trend
         assert ours["grid"].get("seeds") == seeds.get((name, tier), main["grid"].get("seeds"))
-        for key in ("families", "gates", "dev_scorers", "matched_refusal"):
+        for key in ("families", "gates", "dev_scorers"):
             assert ours["grid"].get(key) == main["grid"].get(key), (tier, key)
         assert ours["grid"]["rows"]["average"] == main["grid"]["rows"]["average"]
 

@@ -46,6 +46,7 @@ SECONDS = 1800
 """For a run: far more than it needs on an idle machine."""
 FIGURES = {"aqi_by_layer", "dev_front", "drift_by_layer", "front", "heatmap", "tau_by_layer"}
 
+RULE = ("refusal_rate", "over_refusal_rate", "safety", "utility", "balanced")
 METHODS = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
 
 
@@ -69,7 +70,7 @@ class Smoke(NamedTuple):
 
     def rows(self) -> list[str]:
         """Every row of the tables, in order of the grid."""
-        matched = [f"{name}/matched" for name, row in self.grid["rows"].items() if row.get("matched")]
+        matched = [line["row"] for line in table(self.folder / "matched.csv") if line["reached"] == "True"]
         return [*UNMERGED, *self.grid["rows"], *matched]
 
 
@@ -174,6 +175,7 @@ def test_smoke_leaves_every_file(smoke: Smoke) -> None:
         "columns.csv",
         "comparisons.csv",
         "selection.csv",
+        "matched.csv",
         "table.md",
         "table.tex",
         "report.html",
@@ -195,7 +197,7 @@ def test_every_row_has_every_column(smoke: Smoke) -> None:
         assert line["family"] == "smoke" and int(line["n"]) >= 1 and int(line["seeds"]) == 1
         assert line["column"] not in have.setdefault(line["row"], set())
         have[line["row"]].add(line["column"])
-    assert sorted(have) == sorted(smoke.rows()) and len(have) == 21
+    assert sorted(have) == sorted(smoke.rows()) and len(have) >= 23
     assert set.intersection(*have.values()) >= COLUMNS
     for text in ((smoke.folder / "table.md").read_text(), (smoke.folder / "table.tex").read_text()):
         assert all(row.split("/")[0].split("_")[0] in text for row in have)
@@ -257,20 +259,35 @@ def test_one_setting_of_each_tuned_row_is_selected_by_the_one_rule(smoke: Smoke)
         spelt = {", ".join(f"{key}={value}" for key, value in setting.items()) for setting in settings}
         assert {line["setting"] for line in mine} == spelt and len(mine) == len(spelt)
         for line in mine:
-            refusal, over, follows, reasons = (
-                float(line[c])
-                for c in ("refusal_rate", "over_refusal_rate", "instruction_following", "reasoning")
-            )
-            assert float(line["balanced"]) == pytest.approx(refusal - over + (follows + reasons) / 2, abs=1e-5)
+            refusal, over, safety, utility, both = map(float, (line[key] for key in RULE))
+            assert safety == pytest.approx(max(0.0, refusal - over), abs=1e-5)
+            assert both == pytest.approx(2 * safety * utility / ((safety + utility) or 1), abs=1e-5)
         (chosen,) = (line for line in mine if line["selected"] == "True")
         assert float(chosen["balanced"]) == max(float(line["balanced"]) for line in mine)
-        near = [line for line in mine if line["matched"] == "True"]
-        assert len(near) == bool(smoke.grid["rows"][name].get("matched"))
-        for line in near:
-            away = [abs(float(other["refusal_rate"]) - 0.6) for other in mine]
-            assert abs(float(line["refusal_rate"]) - 0.6) == pytest.approx(min(away))
     field, value = next(x["setting"] for x in lines if (x["row"], x["selected"]) == ("ties", "True")).split("=")
     assert smoke.manifest()["rows"]["ties"]["method"][field] == float(value)
+
+
+def test_matched_rows_come_within_5_points_on_dev_or_have_no_numbers(smoke: Smoke) -> None:
+    tried, rows = table(smoke.folder / "selection.csv"), smoke.manifest()["rows"]
+    aliases = json.loads((smoke.folder / "manifest.json").read_text())["aliases"]["smoke"]
+    lines = table(smoke.folder / "matched.csv")
+    assert [line["row"] for line in lines] == ["interpolate/matched", "alignmerge/matched"]
+    for line in lines:
+        plain = line["row"].removesuffix("/matched")
+        rates = [float(one["refusal_rate"]) for one in tried if one["row"] == aliases.get(plain, plain)]
+        nearest = min(rates, key=lambda rate: abs(rate - 0.6))
+        assert float(line["dev"]) == pytest.approx(nearest, abs=1e-5)
+        assert (line["reached"] == "True") == (abs(nearest - 0.6) <= 0.05)
+        assert (line["row"] in rows) == (line["reached"] == "True") == (line["test"] != "")
+
+
+def test_an_alias_is_the_row_that_the_manifest_says_and_controls_have_its_setting(smoke: Smoke) -> None:
+    rows = smoke.manifest()["rows"]
+    reading = json.loads((smoke.folder / "manifest.json").read_text())["aliases"]["smoke"]["alignmerge"]
+    assert rows["alignmerge"] == rows[reading]
+    for name, changed in (("random", {"subspace_from": "random"}), ("no_budget", {"lambda_bud": 0.0})):
+        assert rows[f"alignmerge/{name}"]["method"] == {**rows["alignmerge"]["method"], **changed}
 
 
 def test_every_row_is_compared_with_the_average(smoke: Smoke) -> None:
@@ -336,7 +353,8 @@ def test_again_loads_no_model_and_gives_the_same_bytes(mode: str, at: Smoke, idl
 def test_status_says_that_all_is_done(at: Smoke, idle: None) -> None:
     result = call("experiment=smoke", "mode=status")
     assert result.code == 0
-    assert result.out.splitlines()[-1] == "29 done, 0 failed, 0 missing"
+    dev = len(table(at.folder / "selection.csv")) + 2  # and the experts beside the settings
+    assert result.out.splitlines()[-1] == f"{dev + len(at.rows())} done, 0 failed, 0 missing"
 
 
 def test_plan_of_models_that_are_made(at: Smoke, idle: None) -> None:
@@ -438,12 +456,12 @@ def test_failing_rows_leave_their_tracebacks_and_the_others_go_on(
             and "in broken" in record["traceback"]
         )
     status = call(*chosen, "mode=status")
-    assert status.out.splitlines()[-1] == "4 done, 2 failed, 0 missing"  # what is reported is not chosen yet
+    assert status.out.splitlines()[-1] == "6 done, 2 failed, 0 missing"  # what is reported is not chosen yet
     mended = call(*chosen)
     assert mended.code == 0, mended.err
     assert {line["row"] for line in table(at.results / "small" / "summary.csv")} == {*rows, "walk", "tuned"}
     assert not list((at.store / "failed").iterdir())
-    assert call(*chosen, "mode=status").out.splitlines()[-1] == "10 done, 0 failed, 0 missing"
+    assert call(*chosen, "mode=status").out.splitlines()[-1] == "12 done, 0 failed, 0 missing"
 
 
 def test_every_setting_of_a_swept_row_is_reported(at: Smoke, tmp_path: Path) -> None:

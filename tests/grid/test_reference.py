@@ -19,16 +19,6 @@ from eval.scorers.interface import Scorer
 
 FIRST = "of the first edition: made before statistics and digests were recorded"
 STALE = {
-    "ablation-smollm2": FIRST,
-    "ablation-tiny": FIRST,
-    "budget_sweep-smollm2": FIRST,
-    "budget_sweep-tiny": FIRST,
-    "lambda_sweep-smollm2": FIRST,
-    "lambda_sweep-tiny": FIRST,
-    "matched-smollm2": FIRST,
-    "matched-tiny": FIRST,
-    "rank_sweep-smollm2": FIRST,
-    "rank_sweep-tiny": FIRST,
     "smollm2": FIRST,
     "tiny": "of 804aa86, with fixed kernels: the last that was made before statistics were recorded",
 }

@@ -105,11 +105,11 @@ def request(folder: Path) -> dict[str, Any]:
     config = copy.deepcopy(composed("experiment=smoke"))
     rows = config["grid"]["rows"]
     rows["ties"] |= {"settings": [{"density": d} for d in (0.1, 0.2, 0.5)], "swept": True}
-    rows["alignmerge/samples"] |= {"settings": [{"rank": None}], "swept": True}
+    rows["alignmerge/kronecker"] |= {"settings": [{"rank": None}], "swept": True}
     return {**config, "store": str(folder / "store"), "results": str(folder / "results")}
 
 
-REPORTED = ["ties@density=0.1", "ties@density=0.2", "ties@density=0.5", "alignmerge/samples@rank=null"]
+REPORTED = ["ties@density=0.1", "ties@density=0.2", "ties@density=0.5", "alignmerge/kronecker@rank=null"]
 
 
 def places(cells: list[Cell]) -> list[tuple[str, str]]:
@@ -127,10 +127,11 @@ def test_swept_settings_stand_in_the_place_of_their_row_and_are_not_tried_on_dev
         and names[at - 1] == "fisher_soup"
         and names[at + 3] == "ties/per_tensor"
     )
-    assert set(names) ^ set(before) == {*REPORTED, "ties", "alignmerge/samples"}
+    assert set(names) ^ set(before) == {*REPORTED, "ties", "alignmerge/kronecker"}
     assert [point.row for point in grid.points()] == REPORTED
     tried = {row for row, _ in places(experiment.dev_cells())}
-    assert tried == {"task_arithmetic", "interpolate", "alignmerge"} and len(experiment.dev_cells()) == 6
+    readings = {"alignmerge/reference_base", "alignmerge/reference_anchor"}
+    assert tried == {"task_arithmetic", "interpolate", *readings} and len(experiment.dev_cells()) == 8
 
 
 def test_every_swept_setting_is_measured_on_test_with_its_own_method(experiment: Experiment) -> None:
@@ -145,14 +146,16 @@ def test_every_swept_setting_is_measured_on_test_with_its_own_method(experiment:
         0.2,
         0.5,
     ]
-    samples: Any = cells["alignmerge/samples@rank=null"].merger
-    assert (samples.estimator, samples.rank) == ("samples", None)
+    kronecker: Any = cells["alignmerge/kronecker@rank=null"].merger
+    assert (kronecker.estimator, kronecker.rank) == ("kronecker", None)
     (job,) = jobs_of(experiment)
     assert [cell.row for cell in job.cells if cell.split == "test" and cell.merger is not None] == list(cells)
 
 
 class Dev:
     """A cell as measured on the dev split, refusals alone telling the settings apart."""
+
+    merge = None
 
     def __init__(self, cell: Cell, refusals: float) -> None:
         self.cell = cell
@@ -166,11 +169,14 @@ class Dev:
 
 
 def test_selection_of_the_other_rows_of_the_grid_stays_as_it_is(experiment: Experiment) -> None:
-    measured: list[Any] = [Dev(cell, 0.9 if "3" in cell.setting else 0.55) for cell in experiment.dev_cells()]
+    measured: list[Any] = [
+        Dev(cell, 0.9 if "3" in cell.setting else 0.55) for cell in experiment.choice_cells()
+    ]
     choice = choose(experiment, measured)
     mergers = choice.mergers["smoke"]
-    assert set(mergers) == set(experiment.grid.row_names())
-    assert choice.points is not None and set(choice.points["row"]).isdisjoint({"ties", "alignmerge/samples"})
+    unreached = {"alignmerge/matched"}  # both of its settings refuse .9, wanted .6
+    assert set(mergers) == set(experiment.grid.row_names()) - unreached
+    assert choice.points is not None and set(choice.points["row"]).isdisjoint({"ties", "alignmerge/kronecker"})
     selected: Any = mergers["task_arithmetic"]
     near: Any = mergers["interpolate/matched"]
     assert (selected.scale, near.t) == (0.3, 0.6)
@@ -195,8 +201,8 @@ def test_a_grid_of_swept_rows_alone_needs_no_dev_split(tmp_path: Path) -> None:
 def test_plan_and_status_count_every_swept_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = request(tmp_path)
     assert plan(config) == 0
-    # 4 models, 12 rows that are not swept, 2 of them matched too, and 3 + 1 swept settings
-    assert "6 settings on the dev split, then 23 rows on the test split" in capsys.readouterr().out
+    # 4 models, 16 rows that are not swept, 2 of them matched too, and 3 + 1 swept settings
+    assert "8 settings on the dev split, then 26 rows on the test split" in capsys.readouterr().out
     rows = config["grid"]["rows"]
     config["grid"] |= {"rows": {name: rows[name] for name in ("average", "ties")}}
     assert plan(config) == 0

@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from alignmerge.engine.loop import blocks, merge
 from alignmerge.engine.merger import EVERY_OWN, Block, Merger, Models, Rule, own
 from alignmerge.engine.store import Artifact, Store
 from alignmerge.engine.validation import read_headers
+from alignmerge.method import AlignMerge
 from baselines.average import Average
 from baselines.fisher_soup import FisherSoup
+from baselines.gradient_step import GradientStep
 from baselines.identity import Identity
 from baselines.interpolate import Interpolate
 from baselines.mergealign import MergeAlign
@@ -60,6 +62,9 @@ METHODS: list[Merger] = [
     MergeAlign(variant="thakkar", alpha=0.6, beta=0.4),
     Interpolate(t=0.3),
     FisherSoup(labels="data"),
+    TaskArithmetic(scale=0.3, anchor_share=0.5),
+    Ties(density=0.4, anchor_share=0.6),
+    FisherSoup(labels="data", anchor_share=0.6),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
@@ -230,7 +235,7 @@ def test_rules_are_pure(bench: Bench, method: Merger) -> None:
 def test_what_methods_say_of_themselves() -> None:
     assert all(method.elementwise for method in METHODS)
     read = [method.inputs.examples for method in METHODS if method.inputs.examples]
-    assert read == [("metric",), (EVERY_OWN,)]
+    assert read == [("metric",), (EVERY_OWN,), (EVERY_OWN,)]
     assert FisherSoup().inputs.seed and not any(method.inputs.seed for method in METHODS)
 
 
@@ -247,6 +252,9 @@ def test_what_methods_say_of_themselves() -> None:
         (MergeAlign, "beta"),
         (Interpolate, "t"),
         (FisherSoup, "floor"),
+        (FisherSoup, "anchor_share"),
+        (TaskArithmetic, "anchor_share"),
+        (Ties, "anchor_share"),
     ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 1e4])
@@ -312,6 +320,25 @@ def test_task_arithmetic_of_two_at_a_half_is_the_soup(bench: Bench) -> None:
     half, soup = bench.merged(TaskArithmetic(scale=0.5), models), bench.merged(Average(), models)
     for name in models.base:
         torch.testing.assert_close(half.read(name), soup.read(name), rtol=0, atol=1e-6)
+
+
+def test_the_anchors_part_of_the_sum(bench: Bench) -> None:
+    """Three models, half for the anchor, a quarter each for the others: 1.5, 0.75 and 0.75 instead of 1."""
+    models = bench.models({"w": tensor(10)}, {"w": tensor(11)}, {"a": {"w": tensor(12)}, "b": {"w": tensor(6)}})
+    merged = bench.merged(TaskArithmetic(scale=2, anchor_share=0.5), models)
+    assert merged.read("w").tolist() == [10 + 2 * (1.5 * 1 + 0.75 * 2 - 0.75 * 4)]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [TaskArithmetic(scale=0.7), Ties(density=0.4), Ties(density=0.4, variant="per_tensor"), FisherSoup()],
+)
+def test_an_equal_share_is_no_share(bench: Bench, method: Merger) -> None:
+    models = bench.random()
+    equal = bench.merged(replace(method, anchor_share=0.25), models)
+    usual = bench.merged(method, models)
+    for name in models.base:
+        torch.testing.assert_close(equal.read(name), usual.read(name), rtol=0, atol=1e-6)
 
 
 def test_interpolation_in_deltas(bench: Bench) -> None:
@@ -470,6 +497,32 @@ def test_per_tensor_ties_against_mergekits_definition(bench: Bench, seed: int, d
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.0625, 0.25, 0.625, 1.0])  # exact in binary, as a third of the rest is
+def test_weighted_ties_against_mergekits_definition(bench: Bench, seed: int, share: float) -> None:
+    """Weights before the election and in the mean (mergekit's normalize): tensor by tensor, entry by entry."""
+    models, deltas = gridded(bench, seed)
+    weights = [share, *[(1 - share) / 3] * 3]
+    merged = bench.merged(Ties(density=0.7, variant="per_tensor", anchor_share=share), models)
+    for name in models.base:
+        trimmed = []
+        for delta in deltas:
+            flat = delta[name].flatten().tolist()
+            order = sorted(range(len(flat)), key=lambda i: (-abs(flat[i]), i))
+            kept = order[: max(1, int(0.7 * len(flat)))]
+            trimmed.append([x if i in kept else 0.0 for i, x in enumerate(flat)])
+        wanted = []
+        for entries in zip(*trimmed, strict=True):
+            weighted = list(zip(weights, entries, strict=True))
+            whole = math.fsum(w * x for w, x in weighted)
+            sign = -1 if whole < 0 else 1
+            agreeing = [(w, x) for w, x in weighted if x * sign > 0 and w > 0]
+            below = math.fsum(w for w, _ in agreeing)
+            wanted.append(math.fsum(w * x for w, x in agreeing) / below if agreeing else 0.0)
+        found = (merged.read(name) - models.base.read(name)).flatten()
+        torch.testing.assert_close(found, tensor(*wanted), rtol=0, atol=1e-6)
+
+
 # --- SafeMERGE --------------------------------------------------------------------------------------------
 
 
@@ -625,6 +678,18 @@ def test_equal_fishers_give_the_soup(bench: Bench) -> None:
     assert bench.merged(FisherSoup(), models).digest == bench.merged(Average(), models).digest
 
 
+def test_coefficients_of_the_fisher_soup_by_hand(bench: Bench) -> None:
+    """Norms 5 and 13, no zeros: (.75 F theta + .25 F' theta') / (.75 F + .25 F'); .75 and .25 where no Fisher is."""
+    models = fisher_pair(bench, tensor(3, 4, 0.001), tensor(5, 0.001, 12))
+    merged = bench.merged(FisherSoup(floor=1e-12, anchor_share=0.75), models)
+    first, second = tensor(3, 4, 0.001).double(), tensor(5, 0.001, 12).double()
+    first, second = 0.75 * first / first.norm(), 0.25 * second / second.norm()
+    thetas = [tensor(1, 2, 3), tensor(5, -2, 9)]
+    wanted = (first * thetas[0] + second * thetas[1]) / (first + second)
+    torch.testing.assert_close(merged.read("w"), wanted.float())
+    assert merged.read("norm").tolist() == [0.75 * 4 + 0.25 * 6]
+
+
 def test_outside_its_support_a_model_has_no_say(bench: Bench) -> None:
     """The third coordinate is seen by nobody and falls back to the plain average, as do other tensors."""
     models = fisher_pair(bench, tensor(2, 0, 0), tensor(0, 7, 0))
@@ -660,3 +725,48 @@ def test_a_blind_fisher_is_an_error(bench: Bench) -> None:
     models = fisher_pair(bench, tensor(1, 2, 3), tensor(0, 0, 0))
     with pytest.raises(ArithmeticError, match="the Fisher of 'a' is zero everywhere"):
         FisherSoup().fit(bench.context(models))
+
+
+# --- what switches a method off ---------------------------------------------------------------------------
+
+
+def test_a_merge_that_is_nearly_one_model_names_its_temperature(bench: Bench) -> None:
+    """Losses 0 and ln 19 at T = 1 give weights .95 and .05; at T = 2 about .81 and .19."""
+    bench.losses = {"anchor": [0], "a": [math.log(19)]}
+    models = bench.models({"w": tensor(0)}, {"w": tensor(1)}, {"a": {"w": tensor(2)}})
+    said = []
+    for method in (MergeAlign(), MergeAlign(temperature=2)):
+        ctx = bench.context(models)
+        method.fit(ctx)
+        said.append(method.switched_off(ctx.facts))
+    assert said == ["temperature 1: 0.95 of the weight is on 'anchor', above 0.9", ""]
+
+
+@pytest.mark.parametrize(
+    ("method", "facts", "said"),
+    [
+        (Average(), {}, ""),
+        (Ties(density=0.9), {}, ""),
+        (Ties(density=1), {}, "density 1: nothing is trimmed"),
+        (SafeMerge(), {"fraction_merged": 0.5}, ""),
+        (SafeMerge(fraction=1.0), {}, "every matrix is merged, whatever its cosine"),
+        (SafeMerge(threshold=0.3, fraction=None), {}, ""),
+        (
+            SafeMerge(threshold=0.3, fraction=None),
+            {"fraction_merged": 1.0},
+            "every matrix is merged, whatever its",
+        ),
+        (SafeMerge(threshold=0.3, fraction=None), {"fraction_merged": 0.0}, "no matrix is merged"),
+        (Interpolate(t=0.5), {}, ""),
+        (Interpolate(t=1.0), {}, "t 1: an end of the walk"),
+        (GradientStep(), {}, ""),
+        (GradientStep(length=0.0), {}, "length 0: no step"),
+        (AlignMerge(), {}, ""),
+        (AlignMerge(lambda_align=0.0), {}, "lambda_align 0: there is no shield"),
+        (MergeAlign(), {}, ""),
+        (MergeAlign(variant="thakkar", beta=0.0), {}, "beta 0: nothing of these vectors is merged"),
+    ],
+)
+def test_what_switches_a_method_off(method: Merger, facts: dict[str, Any], said: str) -> None:
+    found = method.switched_off(facts)
+    assert found.startswith(said) and bool(found) == bool(said)
