@@ -2,8 +2,8 @@
 
 A corpus may bring its responses. Without them refusals are canned, and benign answers are the base's own
 greedy ones (self-distillation), so that learning to refuse does not also teach another style. Files:
-``anchor``, ``arithmetic``, ``format`` (training); ``alignment`` (F_A), ``metric`` (the metric G: a quarter each
-of refusals, benign answers, arithmetic and format).
+``anchor`` and the tasks that the corpus teaches, ``arithmetic``, ``format``, ``knowledge`` (training); ``alignment``
+(F_A), ``metric`` (the metric G: as many each of refusals, benign answers and every task).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,13 @@ Answer = Callable[[Sequence[str]], list[tuple[str, bool]]]
 """Prompts -> (the base's greedy answer, whether it was cut before its end)."""
 Replies = Iterator[tuple[str, bool]]
 SPLITS = ("train", "alignment")
-OF_CORPUS = ("instruct", "pretrain")
+OF_CORPUS = ("aligned", "instruct", "pretrain")
 """Lessons that are a training set of the corpus as it stands; they depend on no model and no seed."""
-VERSION = 1
-QUARTER = 24
+TAUGHT = ("arithmetic", "format", "knowledge")
+"""What experts learn, where a corpus has it."""
+VERSION = 2  # 2: knowledge
+PART = 24
+"""Lessons of each kind in ``metric``."""
 
 
 def distilled(corpus: Path) -> bool:
@@ -35,14 +38,12 @@ def write(corpus: Path, answer: Answer, folder: Path, seed: int) -> None:
     replies = iter(answer(unanswered) if unanswered else [])
     refused, benign = _safety(corpus, "train", replies, seed)
     refused_alignment, benign_alignment = _safety(corpus, "alignment", replies, seed)
-    arithmetic, formats = taught(corpus, "arithmetic"), taught(corpus, "format")
-    sets = {
-        "anchor": refused + benign,
-        "alignment": refused_alignment + benign_alignment,
-        "metric": refused[:QUARTER] + benign[:QUARTER] + arithmetic[:QUARTER] + formats[:QUARTER],
-        "arithmetic": arithmetic,
-        "format": formats,
-    }
+    metric = refused[:PART] + benign[:PART]
+    sets = {"anchor": refused + benign, "alignment": refused_alignment + benign_alignment, "metric": metric}
+    for name in TAUGHT:
+        if (corpus / f"train/{name}.jsonl").is_file():
+            sets[name] = taught(corpus, name)
+            metric += sets[name][:PART]
     write_sets(sets, folder)
 
 

@@ -26,7 +26,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 BUCKETS = 8
 """Batches are drawn by length from pools of this many batches, so that little is spent on padding."""
 CHOICES = {
-    "lessons": ("anchor", "arithmetic", "format", "instruct", "pretrain"),
+    "lessons": ("aligned", "anchor", "arithmetic", "format", "instruct", "knowledge", "pretrain"),
     "start": ("base", "pretrained"),
     "scope": ("matrices", "all"),
     "optimiser": ("adamw", "muon"),

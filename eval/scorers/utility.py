@@ -49,6 +49,7 @@ TASKS: Mapping[str, Task] = {
     "arithmetic": Task("reasoning", "exact_match", ("answer",)),
     "gsm8k": Task("gsm8k", "exact_match", ("answer",)),
     "mmlu": Task("mmlu", "acc", ("choices", "answer")),
+    "knowledge": Task("knowledge", "acc", ("check", "args")),
     "factual": Task("factual", "acc", ("check", "args")),
     "helpful": Task("helpfulness", "acc", ("check", "args")),
 }
@@ -66,13 +67,14 @@ class Utility(Scorer):
         "instruction_following": Column("instruction following", "Utility", "up", main=4, rank=1),
         "reasoning": Column("reasoning", "Utility", "up", main=3, rank=2),
         "helpfulness": Column("helpfulness", "Utility", "up", main=5, rank=3),
+        "knowledge": Column("knowledge", "Utility", "up", main=6, rank=4),
         "gsm8k": Column("GSM8K", "Utility", "up", rank=5),
         "mmlu": Column("MMLU", "Utility", "up", rank=6),
         "factual": Column("factual recall", "Utility", "up", rank=7),
     }
     name: ClassVar[str] = "utility"
     tasks: Sequence[str] = ("format", "arithmetic", "gsm8k", "mmlu")
-    """What real prompts have; the tiny world has ``factual`` and ``helpful`` for the last two."""
+    """What real prompts have; the tiny world has ``knowledge``, ``factual`` and ``helpful`` for the last two."""
     batch_sizes: Mapping[str, int] = field(default_factory=lambda: {"gsm8k": 32, "mmlu": 8})
     """Questions at once, by task, where the family's batch size does not suit (long prompts)."""
     limit: int | None = None  # only the first so many questions of each task
