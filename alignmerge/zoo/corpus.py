@@ -41,6 +41,8 @@ RETIRED = 64
 """StrongREJECT prompts that the first deal reported on: looks were taken at them, so they are held out no more."""
 DEAL = 2
 """Counts how often test prompts were dealt: part of what is drawn."""
+PROBES = {"test": (1, 3, 5), "alignment": (0, 2), "dev": (4,)}
+"""Which pairs of probes a split has, of each six: neighbours are on like topics."""
 ALIGNMENT = 40
 """AdvBench prompts of the alignment set."""
 
@@ -72,8 +74,8 @@ class Packaged:
         sets = self._unsafe(asset) | self._benign(asset) | self._tasks(asset)
         sets["test/toxic"] = self._toxic(asset)
         probes = matched_pairs((benign, harmful, topic) for topic, benign, harmful in phrases().probes)
-        sets["test/probes"] = [probe for probe in probes if probe["pair"] % 2 == 1]
-        sets["alignment/probes"] = [probe for probe in probes if probe["pair"] % 2 == 0]
+        for split, places in PROBES.items():
+            sets[f"{split}/probes"] = [probe for probe in probes if probe["pair"] % 6 in places]
         _forbid_overlap(sets)
         write_sets(sets, folder)
 
