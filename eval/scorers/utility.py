@@ -60,7 +60,8 @@ TASKS: Mapping[str, Task] = {
 class Utility(Scorer):
     """Instruction following, sums, GSM8K and MMLU, or facts: one value, 0 or 1, for each question.
 
-    Every prompt goes through the chat template, decoding is greedy, no examples are given (zero-shot).
+    Every prompt goes through the chat template, decoding is greedy. GSM8K has three worked examples, as earlier
+    turns of the conversation; the other tasks have none.
     """
 
     columns: ClassVar[Mapping[str, Column]] = {
@@ -73,6 +74,7 @@ class Utility(Scorer):
         "factual": Column("factual recall", "Utility", "up", rank=7),
     }
     name: ClassVar[str] = "utility"
+    version: ClassVar[int] = 2  # 2: worked examples for GSM8K, and room to answer
     tasks: Sequence[str] = ("format", "arithmetic", "gsm8k", "mmlu")
     """What real prompts have; the tiny world has ``knowledge``, ``factual`` and ``helpful`` for the last two."""
     batch_sizes: Mapping[str, int] = field(default_factory=lambda: {"gsm8k": 32, "mmlu": 8})
