@@ -9,7 +9,7 @@ import csv
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from operator import itemgetter
@@ -145,10 +145,9 @@ class Packaged:
             sets[f"{split}/format"] = formats(split, count, seed)
         codes = country_codes(asset(COUNTRIES))
         self._stream("codes").shuffle(codes)
-        dev = self.tasks_dev
-        sets["train/knowledge"] = _asked_of("train", codes)
-        sets["dev/knowledge"] = _asked_of("dev", codes[:dev])
-        sets["test/knowledge"] = _asked_of("test", codes[dev : dev + self.tasks_test])
+        dev, end = self.tasks_dev, self.tasks_dev + self.tasks_test
+        for split, asked in (("train", codes), ("dev", codes[:dev]), ("test", codes[dev:end])):
+            sets[f"{split}/knowledge"] = _asked_of(split, asked, {name.lower() for _, name in codes})
         sets["test/gsm8k"] = []
         for row in _rows(asset, "reasoning/gsm8k_100"):
             facts = {"id": row["id"], "text": row["text_clean"], "answer": row["target_answer"]}
@@ -178,9 +177,8 @@ def country_codes(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _asked_of(split: str, codes: Sequence[tuple[str, str]]) -> list[Record]:
-    """Ask whose code each is in all ways of a split; a reply must name that country and no other."""
-    known = {name.lower() for _, name in codes}
+def _asked_of(split: str, codes: Sequence[tuple[str, str]], known: Set[str]) -> list[Record]:
+    """Ask whose code each is in all ways of a split; a reply must name that country and no other one known."""
     records = []
     for frame in phrases().codes[split]:
         for code, name in codes:

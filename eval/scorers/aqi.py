@@ -41,11 +41,11 @@ class AQI(Scorer):
     ``aqi`` and ``aqi_raw`` are means over the layers of ``layers``, degenerate ones left out and
     counted. ``aqi`` estimates the separation of the population without bias, so it does not depend on
     the number of probes; ``aqi_raw`` is the paper's formula and doubles with it, so ``aqi_probes``, that
-    number, stands beside it. ``aqi_surface`` is what the words of the prompts give without a model: the larger of
-    the index of their number and of their bag. The bootstrap draws pairs, the same ones for every model. ``tau_gap`` uses the MLP
-    activations of the same layers; its means come from every other pair, its points from the rest. The
-    columns by layer are over all layers; ``tau_by_layer`` is the gap, ``tau_safe_by_layer`` less
-    ``tau_unsafe_by_layer``.
+    number, stands beside it. ``aqi_surface`` is what the words of the prompts give without a model: the
+    larger of the indices of their number and of their bag. The bootstrap draws pairs, the same ones for
+    every model. ``tau_gap`` uses the MLP activations of the same layers; its means come from every other
+    pair, its points from the rest. The columns by layer are over all layers; ``tau_by_layer`` is the gap,
+    ``tau_safe_by_layer`` less ``tau_unsafe_by_layer``.
     """
 
     name = "aqi"

@@ -415,7 +415,14 @@ def by_hand(points: list[list[float]]) -> float:
 
 
 def test_the_surface_is_the_index_of_word_counts_and_of_the_bag_of_words() -> None:
-    texts = ["steal a car", "steal my red car", "rob a bank now", "wash a car", "wash my red car", "open a bank now"]
+    texts = [
+        "steal a car",
+        "steal my red car",
+        "rob a bank now",
+        "wash a car",
+        "wash my red car",
+        "open a bank now",
+    ]
     found = surface(texts)
     known = sorted({word for text in texts for word in text.split()})
     bag = [[float(text.split().count(word)) for word in known] for text in texts]
