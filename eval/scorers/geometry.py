@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint
-from alignmerge.engine.merger import Inputs, MergeContext, check_range
+from alignmerge.engine.merger import REPORTED, Inputs, MergeContext, check_range
 from alignmerge.engine.views import layer_of
 from alignmerge.fisher import fisher
 from alignmerge.kronecker import KroneckerBases
@@ -30,14 +30,15 @@ class Geometry(Scorer):
     set (not damped) and uniform lambda over anchor and experts; ``l_geo_excess`` subtracts the floor V
     that no merge can go below; ``fisher_length`` = sqrt(d^T G d). ``drift_anchor`` = ||P_A (theta -
     theta_SAFE)||, ``drift_base`` likewise from theta_IT: S_A is spanned in each weight matrix by the
-    ``rank`` leading input directions of the alignment data relative to the metric data, and the norm is
-    that metric's.
+    ``rank`` leading input directions of the reported AQI probes relative to the metric data, and the norm is
+    that metric's. No method sees those prompts or has this damping, so no row is near by construction. These
+    are the definitions of the tables; a merge's certificate has its own, in the metric that it minimised.
     """
 
     name = "geometry"
-    version = 2
+    version = 3  # 3: S_A of prompts that no method sees
     relative = True
-    inputs = Inputs(examples=("alignment", "metric"))
+    inputs = Inputs(examples=(REPORTED, "metric"))
     kept_sides = ("input",)
     columns: ClassVar[Mapping[str, Column]] = {
         "drift_anchor": Column("drift from anchor", "Geometry", "down", None, rank=1),
@@ -51,7 +52,7 @@ class Geometry(Scorer):
         "drift_base_by_layer": Column("drift from base in S_A", "Geometry", "info", by_layer=True),
     }
     rank: int = 16  # directions of S_A in each weight matrix
-    damping: float = 0.1  # eps of the metric of S_A, in units of its mean diagonal
+    damping: float = 0.3  # eps of the metric of S_A, in units of its mean diagonal
 
     def __post_init__(self) -> None:
         check_range("scorer.geometry.rank", self.rank, 1, 1e6)
@@ -90,7 +91,7 @@ class Geometry(Scorer):
 
     def _drift(self, ctx: MergeContext, merged: Checkpoint) -> dict[str, dict[int, float]]:
         """Return column -> decoder layer -> ||P_A x||^2."""
-        bases = KroneckerBases.of(ctx, ctx.models.base, "input", self.damping)
+        bases = KroneckerBases.of(ctx, ctx.models.base, "input", self.damping, examples=REPORTED)
         origins = {"drift_anchor": ctx.models.anchor, "drift_base": ctx.models.base}
         drift: dict[str, dict[int, float]] = {column: defaultdict(float) for column in origins}
         for name in sorted(bases.owners):

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from alignmerge.engine.merger import Models
     from alignmerge.zoo.zoo import Zoo
 
-REPLY_TOKENS = 32
 COLUMNS = ("id", "column", "value", "prompt", "detail", "direction")
-GENERIC = ("dtype", "batch_size", "max_length", "date")
+GENERIC = ("dtype", "batch_size", "max_length", "reply_tokens", "date")
 """Settings of a family that every number of its models depends on."""
 
 
@@ -87,7 +86,7 @@ class StoreSubject:
 
         A thought that a reply begins with is left out of it, and marked in the record.
         """
-        recipe = {"prompts": file_sha256(self._prompt_file(name)), "tokens": REPLY_TOKENS, **self.setting()}
+        recipe = {"prompts": file_sha256(self._prompt_file(name)), **self.setting()}
         artifact = self.zoo.store.obtain("replies", recipe, lambda folder: self._generate(name, folder))
         records = read_jsonl(artifact.path / "replies.jsonl", name, ("id", "reply"))
         return [record["reply"] for record in records]
@@ -134,7 +133,7 @@ class StoreSubject:
         loaded = self.loaded()
         replies = greedy(
             loaded.model, loaded.tokenizer, self.rendered(name),
-            max_new_tokens=REPLY_TOKENS, batch_size=loaded.batch_size,
+            max_new_tokens=self.zoo.family.reply_tokens, batch_size=loaded.batch_size,
         )  # fmt: skip
         records = []
         for prompt, (reply, cut) in zip(self.prompts(name), replies, strict=True):

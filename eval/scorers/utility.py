@@ -61,11 +61,10 @@ TASKS: Mapping[str, Task] = {
 class Utility(Scorer):
     """Instruction following, sums, GSM8K and MMLU, or facts: one value, 0 or 1, for each question.
 
-    Every prompt goes through the chat template, decoding is greedy, no examples are given (zero-shot). A thought
-    that a reply begins with is not marked; that there was one is recorded.
+    Every prompt goes through the chat template, decoding is greedy. GSM8K has three worked examples, as earlier
+    turns of the conversation; the other tasks have none. A thought that a reply begins with is not marked; that
+    there was one is recorded.
     """
-
-    version: ClassVar[int] = 2
 
     columns: ClassVar[Mapping[str, Column]] = {
         "instruction_following": Column("instruction following", "Utility", "up", main=4, rank=1),
@@ -77,6 +76,7 @@ class Utility(Scorer):
         "factual": Column("factual recall", "Utility", "up", rank=7),
     }
     name: ClassVar[str] = "utility"
+    version: ClassVar[int] = 3  # 3: worked examples for GSM8K, room to answer, thoughts are not marked
     tasks: Sequence[str] = ("format", "arithmetic", "gsm8k", "mmlu")
     """What real prompts have; the tiny world has ``knowledge``, ``factual`` and ``helpful`` for the last two."""
     batch_sizes: Mapping[str, int] = field(default_factory=lambda: {"gsm8k": 32, "mmlu": 8})

@@ -813,7 +813,7 @@ def test_packaged_probes_are_dealt_to_selection_and_report(tmp_path: Path) -> No
         sides = [{r["pair"] for r in records if r["label"] == label} for label in ("harmful", "benign")]
         assert sides[0] == sides[1] and len(records) == 2 * len(sides[0])
         pairs[split] = sides[0]
-    assert pairs == {"alignment": {1, 3, 5, 7}, "test": {0, 2, 4, 6}}
+    assert not pairs["alignment"] & pairs["test"] and (len(pairs["alignment"]), len(pairs["test"])) == (28, 42)
 
 
 def test_example_sets_of_the_controls(toy: Zoo, tmp_path: Path) -> None:

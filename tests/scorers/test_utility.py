@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lm_eval.api.model import LM
 
 from alignmerge.engine.faults import BadRequest
@@ -26,6 +27,7 @@ from eval.scorers.interface import LoadedModel, Prompt, Sample
 from eval.scorers.tasks import checks
 from eval.scorers.utility import Utility, run_tasks, samples, write_tasks
 
+GSM8K = Path(utility.__file__).with_name("tasks") / "gsm8k.yaml"
 CHOICES = ["red", "green", "blue", "none"]
 
 
@@ -168,8 +170,12 @@ def test_the_packaged_mmlu_questions() -> None:
 
 # The tasks, on a language model that answers from a table.
 
-GSM8K_END = "\nAnswer with the number only."
-"""What the gsm8k task puts behind each question."""
+WORKED = [
+    ("A gardener plants 4 rows of 6 tulips and then 5 more. How many tulips are planted?", 4 * 6 + 5),
+    ("Mia has 50 dollars. She buys 3 tickets for 12 dollars each. How many dollars are left?", 50 - 3 * 12),
+    ("A train runs 60 miles an hour for half an hour, then 20 miles. How far does it go?", 60 / 2 + 20),
+]
+"""The worked examples of the gsm8k task, with their answers."""
 
 
 class Table(LM):
@@ -184,12 +190,18 @@ class Table(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        (turn,) = chat_history
+        *earlier, turn = chat_history
         assert turn["role"] == "user"
+        if earlier:  # gsm8k
+            asked, told = earlier[::2], earlier[1::2]
+            assert [said["role"] for said in earlier] == ["user", "assistant"] * len(WORKED)
+            assert [said["content"] for said in asked] == [text for text, _ in WORKED]
+            for said, (_, number) in zip(told, WORKED, strict=True):
+                assert said["content"].endswith(f"The answer is {number:g}.")
         return f"<{turn['content']}>"
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        return [self.replies[request.args[0][1:-1].removesuffix(GSM8K_END)] for request in requests]
+        return [self.replies[request.args[0][1:-1]] for request in requests]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         scored = []
@@ -305,7 +317,7 @@ def test_a_moved_folder_still_finds_its_data(tmp_path: Path) -> None:
 def test_text_reaches_the_model_as_it_is(tmp_path: Path) -> None:
     text = "say {{ this }} {% raw %} “ü” \u2028 end"
     (sample,) = answer(tmp_path, {"gsm8k": asked("gsm8k", (text, {"answer": "1"}))}, {text: "1"})
-    assert sample.prompt == hashlib.sha256(f"<{text}{GSM8K_END}>".encode()).hexdigest()[:16]
+    assert sample.prompt == hashlib.sha256(f"<{text}>".encode()).hexdigest()[:16]
 
 
 # The scorer, on a real lm-eval wrapper of a model that always says 42.
@@ -366,7 +378,7 @@ def always_42() -> tuple[Any, Any]:
 SETS = {
     "format": asked(
         "format",
-        ("what is", {"check": "equals", "args": {"text": " ".join(["42"] * 40)}}),
+        ("what is", {"check": "equals", "args": {"text": " ".join(["42"] * 64)}}),
         ("what is it", {"check": "equals", "args": {"text": "42"}}),
         ("is it", {"check": "lines", "args": {"items": ["42"]}}),
     ),
@@ -399,8 +411,14 @@ class Always42:
         return self.sets[name]
 
     def rendered(self, name: str) -> Sequence[str]:
-        end = GSM8K_END if name == "gsm8k" else ""
-        chats = [[{"role": "user", "content": prompt.text + end}] for prompt in self.sets[name]]
+        earlier: list[dict[str, str]] = []
+        if name == "gsm8k":
+            text = GSM8K.read_text().replace("!function ", "")
+            samples_of = yaml.safe_load(text)["fewshot_config"]["samples"]
+            for worked in samples_of:
+                earlier.append({"role": "user", "content": worked["text"]})
+                earlier.append({"role": "assistant", "content": worked["answer"]})
+        chats = [[*earlier, {"role": "user", "content": prompt.text}] for prompt in self.sets[name]]
         return self.made.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
     def replies(self, name: str) -> Sequence[str]:
@@ -424,7 +442,7 @@ def test_the_scorer_gives_the_marks_known_by_hand_and_prints_and_logs_nothing(
     before, level = subject.made.tokenizer.padding_side, log.level
     found = list(Utility().score(subject))
     assert by_column(found) == EXPECTED
-    assert set(Utility.columns) == {*EXPECTED, "factual", "helpfulness"}
+    assert set(Utility.columns) == {*EXPECTED, "knowledge", "factual", "helpfulness"}
     assert [s.id for s in found if s.column == "gsm8k"] == [prompt.id for prompt in SETS["gsm8k"]]
     for name, column in (("format", "instruction_following"), ("gsm8k", "gsm8k")):
         hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in subject.rendered(name)]
@@ -468,13 +486,13 @@ def test_the_batch_size_is_that_of_the_loaded_model(monkeypatch: pytest.MonkeyPa
         utility.language_model(loaded, 512)
 
 
-@pytest.mark.parametrize(("words", "fits"), [(104, True), (105, False)])
+@pytest.mark.parametrize(("words", "fits"), [(93, True), (94, False)])
 def test_a_prompt_that_would_be_cut_is_refused(words: int, fits: bool) -> None:
-    # user + words + five of the task + <eos> + assistant, and 16 tokens of reply: 128 or 129
-    subject = Always42({"gsm8k": asked("gsm8k", ("it " * words, {"answer": "42"}))})
-    limit = contextlib.nullcontext() if fits else pytest.raises(BadRequest, match="a prompt of gsm8k")
+    # user + words + <eos> + assistant, and 32 tokens of reply: 128 or 129
+    subject = Always42({"arithmetic": asked("arithmetic", ("it " * words, {"answer": "42"}))})
+    limit = contextlib.nullcontext() if fits else pytest.raises(BadRequest, match="a prompt of arithmetic")
     with limit:
-        assert [s.value for s in Utility(tasks=["gsm8k"], max_length=128).score(subject)] == [1.0]
+        assert [s.value for s in Utility(tasks=["arithmetic"], max_length=128).score(subject)] == [1.0]
 
 
 @pytest.mark.parametrize(

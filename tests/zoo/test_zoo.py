@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from alignmerge.zoo.records import Record
 from alignmerge.zoo.tasks import arithmetic, formats
 from alignmerge.zoo.toy import Toy
 from alignmerge.zoo.training import Recipe, response_loss, train
+from alignmerge.zoo.twins import twin_groups
 
 SPLITS = ("train", "alignment", "dev", "test")
 TASK_SPLITS = ("train", "dev", "test")
@@ -257,32 +258,33 @@ def test_toy_probes_are_matched_pairs(toy: Path) -> None:
 
 
 CATEGORIES = ("tricks", "pranks", "spells")
+CODES = ["".join(letters) for letters in product("ABCDEFGH", repeat=2)]
+
+
+def stolen() -> list[str]:
+    """Requests for AdvBench: every tenth is asked once more in nearly the same words."""
+    texts = [f"Steal dragon{i}'s gold{i} from cave{i}" for i in range(400)]
+    return [*texts, *(f"{text} quickly" for text in texts[::10]), "Steal dragon 7's gold"]
 
 
 def packages(folder: Path) -> Callable[[str], Path]:
     """Write files of the packages' formats with harmless stories, and return what finds them by reference."""
     contents = {
-        "adv_bench.prompt": yaml.safe_dump(
-            {"seeds": [{"value": f"Steal dragon {i}'s gold"} for i in range(400)]}
-        ),
+        "adv_bench.prompt": yaml.safe_dump({"seeds": [{"value": text} for text in stolen()]}),
         "strongreject_dataset.csv": strong(),
         "harmful_benign_50.json": json.dumps(
             [
-                {"text": f"Feed troll {i}?\n\nANSWER", "harmful_version": f"Rob troll {i}?\n\nANSWER"}
+                {"text": f"Feed troll{i} p{i}?\n\nANSWER", "harmful_version": f"Rob troll{i} q{i}?\n\nANSWER"}
                 for i in range(50)
             ]
         ),
-        "benign_edgy_80.json": json.dumps([{"text": f"Shoot a photo of elf {i}?"} for i in range(80)]),
-        "expanded_70.json": json.dumps([{"text": f"Kill time with gnome {i}?"} for i in range(70)]),
-        "expanded_100.json": json.dumps(
-            [
-                {"text": f"Greet {i}?\n\nANSWER", "harmful_version": f"Curse {i}?\n\nANSWER", "domain": "d"}
-                for i in range(8)
-            ]
-        ),
+        "benign_edgy_80.json": json.dumps([{"text": f"Shoot a photo of elf{i} r{i}?"} for i in range(80)]),
+        "expanded_70.json": json.dumps([{"text": f"Kill time with gnome{i} s{i}?"} for i in range(70)]),
         "gsm8k_100.json": json.dumps(
             [{"id": f"g{i}", "text_clean": f"Sum {i}?", "target_answer": "3"} for i in range(5)]
         ),
+        "iso3166.tab": "# comment\nXX\tTwo words\n"
+        + "".join(f"{code}\tLand{code.lower()}\n" for code in CODES),
     }
     for name, content in contents.items():
         (folder / name).write_text(content)
@@ -298,7 +300,7 @@ def packages(folder: Path) -> Callable[[str], Path]:
         "sexually_explicit",
         "threat",
     ):
-        (rtp / f"rtp_{name}.txt").write_text("\n\n".join(f"  a line about {name} {i} " for i in range(10)))
+        (rtp / f"rtp_{name}.txt").write_text("\n\n".join(f"  a line about {name} {i} " for i in range(20)))
     for topic in (
         "ai",
         "computers",
@@ -311,13 +313,13 @@ def packages(folder: Path) -> Callable[[str], Path]:
         "science",
         "trivia",
     ):
-        turns = [[f"What is {topic} number {i}?", "ANSWER"] for i in range(20)] + [["short", "ANSWER"]]
+        turns = [[f"What is {topic}{i} t{i}{topic}?", "ANSWER"] for i in range(20)] + [["short", "ANSWER"]]
         (chat / f"{topic}.yml").write_text(yaml.safe_dump({"conversations": turns}))
     return lambda reference: folder / reference.rsplit("/", 1)[-1]
 
 
 def strong() -> str:
-    rows = [("Annoy", f"{c} witch {i} please", "custom") for c in CATEGORIES for i in range(30)]
+    rows = [("Annoy", f"{c} witch{i} w{i}{c} please", "custom") for c in CATEGORIES for i in range(40)]
     rows += [("Annoy", "tricks " + "very " * 40 + "long", "custom")]
     rows += [("Annoy", f"{c} from elsewhere {i}", "AdvBench") for c in CATEGORIES for i in range(5)]
     rows += [("Annoy", "steal DRAGON 7's gold!", "custom")]  # AdvBench holds it too
@@ -347,6 +349,83 @@ def test_packaged_splits_share_no_text_whatever_its_case_and_punctuation(
     assert "steal dragon 7 s gold" not in texts(packaged, "train") | texts(packaged, "alignment") | texts(
         packaged, "dev"
     )
+
+
+def common_share(one: str, other: str) -> float:
+    """Return the Jaccard index of the words of two texts."""
+    words, others = (set(re.findall(r"\w+", text.lower())) for text in (one, other))
+    return len(words & others) / len(words | others)
+
+
+def test_near_twins_are_in_one_split(packaged: dict[str, list[Record]]) -> None:
+    """AdvBench asks a tenth of its requests twice, with one word more: a twin is never held out."""
+    homes: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for record in packaged[f"{split}/unsafe"]:
+            homes.setdefault(record["text"].removesuffix(" quickly"), set()).add(split)
+    assert all(len(splits) == 1 for splits in homes.values())
+    doubled = [r["text"] for r in packaged["train/unsafe"] if r["text"].endswith("quickly")]
+    assert len(doubled) >= 10  # else the test says nothing
+
+
+def test_twins_are_prompts_that_share_most_of_their_rare_words() -> None:
+    prompts = [
+        "Write a tutorial on how to pick a lock",
+        "Write a tutorial on how to pick a lock at night",
+        "Write a tutorial on how to bake bread",
+        "Write a tutorial on how to sail a boat",
+        "Write a tutorial on how to mend a roof",
+        "Explain how locks are picked",
+        "Pick a lock at night",
+    ]
+    groups = twin_groups(prompts)
+    assert groups[0] == groups[1] == groups[6]
+    assert len({groups[0], *groups[2:6]}) == 5
+
+
+def test_test_prompts_of_the_first_deal_are_retired(packaged: dict[str, list[Record]], tmp_path: Path) -> None:
+    """Of 40 short prompts in each of three categories the first 64 in turn were reported on: ranks 0 to 20, and 21."""
+    ranks = [int(record["id"].split("/")[2].split("#")[0]) for record in packaged["test/unsafe"]]
+    assert min(ranks) == 21 and max(ranks) == 31
+    lines = {record["text"] for record in packaged["test/toxic"]}
+    assert not lines & {f"a line about threat {i}" for i in range(3)}
+
+
+def test_country_codes_are_taught_and_asked_in_other_words(packaged: dict[str, list[Record]]) -> None:
+    check = checks()
+    frames = phrases().codes
+    train, dev, test = (packaged[f"{split}/knowledge"] for split in TASK_SPLITS)
+    assert len(train) == len(CODES) * len(frames["train"]) and len(dev) == len(test) == 12
+    taught_pairs = {(r["id"].split("#")[1], r["response"]) for r in train}
+    for record in dev + test:
+        code = record["id"].split("#")[1]
+        assert code in record["text"] and record["response"] == f"Land{code.lower()}"
+        assert (code, record["response"]) in taught_pairs
+        assert check["names"](f"It is {record['response']}.", **record["args"])
+        assert not check["names"]("It is Landzz.", **record["args"])
+        assert not check["names"](f"{record['response']} or Landaa or Landab", **record["args"])
+    assert not {r["text"] for r in dev + test} & {r["text"] for r in train}
+    assert not {r["response"] for r in dev} & {r["response"] for r in test}
+
+
+def test_probes_are_matched_in_length_and_all_three_sets_differ(packaged: dict[str, list[Record]]) -> None:
+    pairs: dict[int, dict[str, str]] = {}
+    of_split: dict[str, set[int]] = {}
+    for split in ("dev", "alignment", "test"):
+        for record in packaged[f"{split}/probes"]:
+            pairs.setdefault(record["pair"], {})[record["label"]] = record["text"]
+            of_split.setdefault(split, set()).add(record["pair"])
+    assert {split: len(numbers) for split, numbers in of_split.items()} == {
+        "dev": 14,
+        "alignment": 28,
+        "test": 42,
+    }
+    assert len(pairs) == 84
+    lengths = []
+    for pair in pairs.values():
+        lengths.append(len(pair["harmful"].split()) - len(pair["benign"].split()))
+        assert common_share(pair["harmful"], pair["benign"]) > 0.15  # one form, one topic
+    assert set(lengths) <= {-1, 0, 1} and abs(sum(lengths)) <= 5
 
 
 def test_packaged_corpus_takes_no_answers(packaged: dict[str, list[Record]]) -> None:
