@@ -21,6 +21,7 @@ from eval.grid.gates import marks, missed
 from eval.grid.grid import AT
 from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
 from eval.grid.selection import Choice
+from eval.report.ledger import PAPER, read_ledger
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
 
@@ -61,7 +62,7 @@ class Findings:
             columns |= scorer.columns
         supplement = Supplement(
             selection=self.choice.points, trajectory=self._trajectory(), gates=self._gate_table(),
-            sweeps=self._sweeps(), marks=marks(self.gates),
+            sweeps=self._sweeps(), marks=marks(self.gates), ledger=read_ledger(),
         )  # fmt: skip
         write(
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
@@ -172,9 +173,10 @@ def _notes_on_judge(experiment: Experiment) -> list[str]:
 
 
 def _code() -> str:
-    """Return what stands for the code that makes a report: the sha256 of the files of ``eval``."""
+    """Return what stands for the code that makes a report: the sha256 of the files of ``eval`` and of the ledger."""
     paths = sorted(Path(__file__).parents[1].rglob("*"))
     digests = [file_sha256(path) for path in paths if path.suffix in (".py", ".jinja")]
+    digests.append(file_sha256(PAPER))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from eval.report.ledger import Ledger
+
 
 @dataclass(frozen=True, kw_only=True)
 class Supplement:
@@ -24,6 +26,8 @@ class Supplement:
     """One setting of a swept row a line: row (as in the scores), sweep, field, value (NaN is null)."""
     marks: Mapping[str, str] = field(default_factory=dict)
     """Family -> what headings say of missed gates."""
+    ledger: Ledger | None = None
+    """The claims that are tested, and the paper's numbers that stand beside ours."""
 
     @property
     def swept(self) -> frozenset[str]:

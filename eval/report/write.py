@@ -11,7 +11,7 @@ from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
 from eval.report.layout import Columns, chosen, in_order, write_columns
 from eval.report.supplement import NOTHING, Supplement
-from eval.stats import comparisons, families
+from eval.stats import claims, comparisons, families
 from eval.stats.derived import DERIVED
 
 _TRAJECTORY = ["family", "seed", "step", "share", "column", "id", "value"]
@@ -27,7 +27,7 @@ def write(
     against: Sequence[str],
     supplement: Supplement = NOTHING,
 ) -> None:
-    """Write ``summary.csv``, ``columns.csv``, ``comparisons.csv``, tables, ``report.html`` and figures.
+    """Write ``summary.csv``, ``columns.csv``, ``comparisons.csv``, ``claims.csv``, tables, page and figures.
 
     ``scores`` holds one sample a line: family, row, seed, column, id, value, prompt. ``columns`` are those
     that the scorers declare. ``notes`` stand below the tables; the first is the provenance and stands below
@@ -44,17 +44,21 @@ def write(
     measured = families.measure_all(scores[~scores["column"].isin(by_layer)])
     decimals = {name: column.decimals for name, column in columns.items()}
     compared = comparisons.comparisons(measured, against, decimals)
+    tested = supplement.ledger.claims if supplement.ledger is not None else {}
+    judged = claims.judge(measured, tested, decimals)
     summary = families.summary(measured)
     document = tables.document(summary, columns, title, notes, supplement.marks)
     folder.mkdir(parents=True, exist_ok=True)
     _csv(summary, folder / "summary.csv")
     _csv(compared, folder / "comparisons.csv")
+    _csv(judged, folder / "claims.csv")
     write_columns(chosen(columns, summary["column"]), folder / "columns.csv")
     _write_supplement(folder, supplement)
     (folder / "table.md").write_text(tables.markdown(document), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(document), encoding="utf-8")
     drawn = figures.write(folder / "figures", measured, scores, columns, notes, supplement)
-    text = page.html(document, columns, compared, drawn, supplement)
+    proof = page.Proof(compared, judged, summary)
+    text = page.html(document, columns, proof, drawn, supplement, folder)
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
