@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,10 @@ from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
 from eval.report.layout import Columns, chosen, in_order, write_columns
 from eval.report.supplement import NOTHING, Supplement
-from eval.stats import claims, comparisons, families
+from eval.stats import claims, comparisons, families, fronts
 from eval.stats.derived import DERIVED
 
-_TRAJECTORY = ["family", "seed", "step", "share", "column", "id", "value"]
+_TRAJECTORY = ["family", "model", "seed", "step", "share", "column", "id", "value"]
 
 
 def write(
@@ -46,6 +47,8 @@ def write(
     compared = comparisons.comparisons(measured, against, decimals)
     tested = supplement.ledger.claims if supplement.ledger is not None else {}
     judged = claims.judge(measured, tested, decimals)
+    if supplement.tried is not None:
+        supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
     summary = families.summary(measured)
     document = tables.document(summary, columns, title, notes, supplement.marks)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +71,11 @@ def _write_supplement(folder: Path, supplement: Supplement) -> None:
         _csv(trajectory.loc[values, _TRAJECTORY], folder / "trajectory.csv")
     if supplement.selection is not None:
         _csv(supplement.selection, folder / "selection.csv")
+    if supplement.fronts is not None:
+        _csv(supplement.fronts.areas, folder / "fronts.csv")
     if supplement.sweeps is not None:
         _csv(supplement.sweeps, folder / "sweeps.csv")
 
 
 def _csv(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    frame.to_csv(path, index=False, float_format=f"%{tables.WRITTEN}", lineterminator="\n")
