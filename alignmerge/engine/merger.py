@@ -51,7 +51,9 @@ class Block:
     def part(self, rows: slice) -> Block:
         """Return some of these rows."""
         origin = None if self.pretrained is None else self.pretrained[rows]
-        return Block(self.name, self._inside(rows), self.base[rows], [theta[rows] for theta in self.pool], origin)
+        return Block(
+            self.name, self._inside(rows), self.base[rows], [theta[rows] for theta in self.pool], origin
+        )
 
     def _inside(self, rows: slice) -> slice:
         """Return which rows of the view some of these rows are."""

@@ -42,9 +42,7 @@ def conclude_cell(folder: Path) -> None:
 
 def say_where(folder: Path) -> None:
     """Print where the page of a results folder is."""
-    say(
-        f"report: {folder}/report.html (beside it table.md with intervals, summary.csv, comparisons.csv, figures/)"
-    )
+    say(f"report: {folder}/report.html (beside it claims.csv, table.md with intervals, summary.csv, figures/)")
 
 
 def _say_gates(gates: Gates) -> None:

@@ -24,8 +24,11 @@ from eval.grid.gates import marks, missed
 from eval.grid.grid import AT, MATCHED, NEAR, spell
 from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
 from eval.grid.selection import Choice
+from eval.report.ledger import PAPER, read_ledger
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
+from eval.stats.estimates import EXPERT
+from eval.stats.fronts import WANTED
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Findings:
             columns |= scorer.columns
         supplement = Supplement(
             selection=self.choice.points, trajectory=self._trajectory(), gates=self._gate_table(),
-            sweeps=self._sweeps(), marks=marks(self.gates),
+            sweeps=self._sweeps(), marks=marks(self.gates), ledger=read_ledger(),
+            tried=self._tried(),
         )  # fmt: skip
         write(
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
@@ -99,6 +103,19 @@ class Findings:
             lines += [{"family": family, "seed": seed, **verdict._asdict()} for verdict in verdicts]
         return pd.DataFrame(lines) if lines else None
 
+    def _tried(self) -> pd.DataFrame | None:
+        """Return the samples of the settings tried on dev, and of the experts; None where nothing is tuned."""
+        if self.choice.points is None:
+            return None
+        experiment, frames = self.experiment, []
+        models = experiment.identity_cells("dev", list(experiment.grid.dev_scorers.values()))
+        experts = [cell for cell in models if cell.row.startswith(EXPERT) and cell.zoo in experiment.first_seed]
+        for one in experiment.read([*experts, *experiment.dev_cells()]):
+            wanted = one.frame[one.frame["column"].isin(WANTED)]
+            place = {"family": one.cell.family, "row": one.cell.row, "seed": one.cell.seed}
+            frames.append(wanted.assign(**place, setting=one.cell.setting))
+        return pd.concat(frames, ignore_index=True)
+
     def _sweeps(self) -> pd.DataFrame | None:
         """Return the measured settings of swept rows in order; None where nothing is swept."""
         there = {one.cell.row for one in self.rows}
@@ -106,19 +123,36 @@ class Findings:
         return pd.DataFrame(points).astype({"value": float}) if points else None
 
     def _trajectory(self) -> pd.DataFrame | None:
-        """Return the scores along the trainings of anchor and experts (``model``): step 0 is the base."""
+        """Return the scores along trainings: step 0 is the base, the last one the model itself."""
         if not self.steps:
             return None
         scores = _scores(self.steps)
-        named = scores["row"].str.partition("@")  # ``<model>@<step>``, or ``base``
-        scores = scores.assign(
-            model=named[0].str.replace("experts.", "expert:"), step=named[2].replace("", "0").astype(int)
-        )
-        base, later = (scores[(scores["model"] == "base") == start] for start in (True, False))
-        starts = [base.assign(model=model) for model in later["model"].unique()]
-        along = pd.concat([*starts, later], ignore_index=True)
-        last = along.groupby(["family", "seed", "model"])["step"].transform("max")
-        return along.assign(share=along["step"] / last)
+        names = scores["row"].str.replace("experts.", "expert:", regex=False).str.split("@", expand=True)
+        scores = scores.assign(model=names[0], step=names[1].fillna(0).astype(int))
+        models = [str(name) for name in scores["model"].unique() if name != "base"]
+        last = [one for one in self.rows if one.cell.row in models and self._as_on_the_way()]
+        ends = _scores(last).assign(step=-1) if last else scores[:0]
+        ends = ends[ends["column"].isin(scores["column"])].assign(model=ends["row"])
+        starts = [scores[scores["model"] == "base"].assign(model=name) for name in models]
+        whole = pd.concat([*starts, scores[scores["model"] != "base"], ends], ignore_index=True)
+        total = whole[["family", "model"]].apply(tuple, axis=1).map(self._lengths(models))
+        step = whole["step"].where(whole["step"] >= 0, total)
+        return whole.assign(step=step, share=step / total)
+
+    def _as_on_the_way(self) -> bool:
+        """Whether the models are scored as the checkpoints of their trainings are."""
+        on_the_way = self.experiment.grid.trajectory_scorers
+        return all(scorer in self.experiment.scorers for scorer in on_the_way.values())
+
+    def _lengths(self, models: Sequence[str]) -> dict[tuple[str, str], int]:
+        """Return family and model -> the steps of its training."""
+        lengths = {}
+        for zoo in self.experiment.first_seed:
+            references = zoo.family.references()
+            for model in models:
+                name = references[model.replace("expert:", "experts.")].removeprefix("zoo:")
+                lengths[zoo.family.name, model] = int(zoo.family.recipes[name].steps)
+        return lengths
 
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)
@@ -241,9 +275,10 @@ def _notes_on_judge(experiment: Experiment) -> list[str]:
 
 
 def _code() -> str:
-    """Return what stands for the code that makes a report: the sha256 of the files of ``eval``."""
+    """Return what stands for the code that makes a report: the sha256 of the files of ``eval`` and of the ledger."""
     paths = sorted(Path(__file__).parents[1].rglob("*"))
     digests = [file_sha256(path) for path in paths if path.suffix in (".py", ".jinja")]
+    digests.append(file_sha256(PAPER))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

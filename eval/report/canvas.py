@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-import itertools
 import textwrap
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -36,11 +35,21 @@ STYLE: Any = {
 OURS = "alignmerge"
 OURS_COLOUR = "#cc3311"
 FAMILY_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
-_COLOURS = (
-    "#332288", "#117733", "#0077bb", "#ee7733", "#aa4499", "#888822", "#44aa99",
-    "#882255", "#66aadd", "#7a5230", "#cc9900", "#ee3377", "#5566cc", "#669944",
-)  # fmt: skip
-"""From Paul Tol's schemes for the colour-blind, none too pale for a line on white."""
+_COLOURS = {
+    "average": "#0077bb", "task_arithmetic": "#332288", "ties": "#117733", "ties/per_tensor": "#55aa66",
+    "fisher_soup": "#009988", "dare": "#667722", "safemerge": "#a09a00", "identity": "#9999bb",
+    "mergealign/hammoud": "#aa4499", "mergealign/thakkar": "#6a3d9a",
+    "interpolate": "#22aacc", "interpolate/base": "#88ccdd", "interpolate/soup": "#226688",
+    "gradient_step": "#4466ee", "gradient_step/soup": "#88a0ff",
+    "alignmerge": "#cc3311", "alignmerge/reference_base": "#ee7733", "alignmerge/reference_anchor": "#aa1144",
+    "alignmerge/kronecker": "#ee3377", "alignmerge/soup": "#882255", "alignmerge/task_arithmetic": "#dd7788",
+    "alignmerge/experts": "#ddaa33", "alignmerge/random": "#c4a484", "alignmerge/utility": "#997755",
+    "alignmerge/identity": "#6b4a2f", "alignmerge/no_align": "#f0a090", "alignmerge/no_budget": "#ff6644",
+}  # fmt: skip
+"""Row -> its colour in every figure of every experiment: ours are warm, rivals cool. Other rows have one by name."""
+_HUES = {"alignmerge": (0.93, 1.11)}
+"""Method -> the range of hues of its rows that are not listed; other methods have the cool half."""
+_COOL = (0.3, 0.85)
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 _IDENTITY = {"base": ("#8a8a8a", "-"), "pretrained": ("#c4c4c4", "-"), "anchor": (INK, "--")}
 _LOG_SPAN = 30.0  # largest over smallest value from which a profile is drawn on a log scale
@@ -52,63 +61,42 @@ RowStyles = Mapping[str, dict[str, Any]]
 """Row -> colour, dash, width, label and order of its line; the same in all figures of a report."""
 
 
-def row_styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return row -> style: a hue for each method, its shades and dashes for the variants, else greys.
-
-    No two rows have the same colour unless there are more methods than hues.
-    """
-    variants: dict[str, list[str]] = {}
-    experts = []
-    styles = {}
-    for row in rows:
-        if is_method(row):
-            variants.setdefault(row.partition("/")[0], []).append(row)
-        elif row in _IDENTITY:
-            styles[row] = _style(row, *_IDENTITY[row], 1.3)
-        else:
-            experts.append(row)
-    for method, hue in _hues(variants).items():
-        of_method = variants.get(method, [])
-        for place, row in enumerate(of_method):
-            width = 1.4 + 0.6 * (row == OURS)
-            colour = _shade(hue, place, len(of_method))
-            styles[row] = _style(row, colour, _DASHES[place % len(_DASHES)], width)
-    for place, row in enumerate(experts):
-        grey = 0.35 + 0.3 * place / max(1, len(experts) - 1)
-        styles[row] = _style(row, str(round(grey, 3)), _DASHES[2 + place % (len(_DASHES) - 2)], 1.1)
-    return {row: styles[row] for row in rows}
+def row_styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return row -> style, a function of its name alone: the same in every figure of every experiment."""
+    return {row: _style(row) for row in rows}
 
 
-def sweep_styles(sweeps: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return swept row -> style: a hue for each, as often all are variants of one method."""
-    hues, variants = _hues(sweeps), Counter[str]()
-    styles = {}
-    for row in sweeps:
-        method = row.partition("/")[0]
-        styles[row] = _style(row, hues[row], _DASHES[variants[method] % len(_DASHES)], 1.4)
-        variants[method] += 1
-    return styles
+def colour_of(row: str) -> str:
+    """Return the colour of a row, a function of its name alone."""
+    if not is_method(row):
+        return _IDENTITY[row][0] if row in _IDENTITY else _grey(row)
+    if row in _COLOURS:
+        return _COLOURS[row]
+    low, high = _HUES.get(row.partition("/")[0], _COOL)
+    hue, light, saturation = _shares(row)
+    made = colorsys.hls_to_rgb((low + hue * (high - low)) % 1, 0.3 + 0.3 * light, 0.45 + 0.5 * saturation)
+    return to_hex(made)
 
 
-def _style(row: str, colour: Any, dash: Any, width: float) -> dict[str, Any]:
+def _style(row: str) -> dict[str, Any]:
+    dash, width = "-", 1.4
+    if row in _IDENTITY:
+        dash, width = _IDENTITY[row][1], 1.3
+    elif not is_method(row) or "/" in row:
+        dash = _DASHES[1 + zlib.crc32(row.encode()) % (len(_DASHES) - 1)]
+    if row == OURS:
+        width = 2.0
     order = 2 + is_method(row) + (row == OURS)
-    return {"color": colour, "ls": dash, "lw": width, "label": row, "zorder": order}
+    return {"color": colour_of(row), "ls": dash, "lw": width, "label": row, "zorder": order}
 
 
-def _hues(methods: Iterable[str]) -> dict[str, str]:
-    hues = itertools.cycle(_COLOURS)
-    return {OURS: OURS_COLOUR} | {method: next(hues) for method in methods if method != OURS}
+def _grey(row: str) -> str:
+    return to_hex((0.35 + 0.3 * _shares(row)[0],) * 3)
 
 
-def _shade(colour: str, place: int, count: int) -> tuple[float, float, float]:
-    """Return the colour itself for the first of ``count`` variants, others from dark to light."""
-    hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
-    share = (place - 1) / max(1, count - 2)
-    if place == 1 and count > 2:
-        light -= 0.45 * light
-    elif place:
-        light += (0.74 - light) * (0.35 + 0.65 * share)
-    return colorsys.hls_to_rgb(hue, light, saturation)
+def _shares(row: str) -> list[float]:
+    """Return three numbers in [0, 1) that hang on the name alone."""
+    return [zlib.crc32(f"{part} {row}".encode()) / 2**32 for part in range(3)]
 
 
 def sheet(title: str, caption: str, size: tuple[float, float]) -> Figure:

@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from eval.report.canvas import STYLE, RowStyles, row_styles, save
-from eval.report.fronts import dev_front, front
+from eval.report.dev_fronts import dev_front
+from eval.report.fronts import front
 from eval.report.heatmap import heatmap
 from eval.report.layout import Columns
 from eval.report.overview import overview
@@ -66,7 +67,7 @@ def write(
     for family, of_family in measured.items():
         if family == ALL:
             name, within = f"{ALL}: mean over {', '.join(families)}", ""
-            parts, own, beside = families, scores, supplement
+            parts, own, beside = families, scores, supplement.over_all(ALL)
         else:
             name, within = family, ""
             if len(families) > 1:
@@ -94,23 +95,32 @@ def _styled_rows(measured: Mapping[str, Mapping[str, Estimate]], supplement: Sup
 
 def draw(scene: Scene) -> dict[str, Figure]:
     """Return name -> figure of a scene; a figure whose columns are missing is left out."""
-    measured, scores, columns, styles, caption, families, beside = scene
-    scores = scores[~scores["row"].isin(beside.swept)]
+    measured, columns, caption, sweeps = scene.measured, scene.columns, scene.caption, scene.supplement.sweeps
     with matplotlib.rc_context(STYLE):
         figures = {
-            "sweep_fronts": sweep_fronts(measured, beside.sweeps, caption),
-            "sweep_effects": sweep_effects(measured, columns, beside.sweeps, caption),
-            "overview": overview(measured, columns, families, caption),
-            "front": front(measured, caption, beside.swept),
+            "sweep_fronts": sweep_fronts(measured, sweeps, caption),
+            "sweep_effects": sweep_effects(measured, columns, sweeps, caption),
             "heatmap": heatmap(measured, columns, caption),
         }
-        if families:
-            figures["tau_by_layer"] = tau_of_families(scores, styles, caption)
-            figures["training"] = training_of_families(beside.trajectory, caption)
-        else:
-            figures["drift_by_layer"] = by_layer(scores, columns, styles, *_DRIFT, caption)
-            figures["aqi_by_layer"] = by_layer(scores, columns, styles, *_AQI, caption)
-            figures["tau_by_layer"] = tau(scores, styles, caption)
-            figures["training"] = training(beside.trajectory, caption)
-            figures["dev_front"] = dev_front(beside.selection, styles, caption)
+        if sweeps is None:  # the other rows of a sweep are those of its main experiment, which draws them
+            figures |= _of_rows(scene)
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _of_rows(scene: Scene) -> dict[str, Figure | None]:
+    """Return the figures of rows that are compared, as an experiment without sweeps has them."""
+    measured, scores, columns, styles, caption, families, beside = scene
+    figures = {
+        "overview": overview(measured, columns, families, caption),
+        "front": front(measured, caption),
+        "dev_front": dev_front(beside.fronts, None if families else beside.selection, styles, caption),
+    }
+    if families:
+        figures["tau_by_layer"] = tau_of_families(scores, styles, caption)
+        figures["training"] = training_of_families(beside.trajectory, caption)
+    else:
+        figures["drift_by_layer"] = by_layer(scores, columns, styles, *_DRIFT, caption)
+        figures["aqi_by_layer"] = by_layer(scores, columns, styles, *_AQI, caption)
+        figures["tau_by_layer"] = tau(scores, styles, caption)
+        figures["training"] = training(beside.trajectory, caption)
+    return figures

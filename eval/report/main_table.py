@@ -13,7 +13,7 @@ from alignmerge.engine.progress import OUT
 from eval.columns import Column
 from eval.report.layout import chosen, main_columns, read_columns
 from eval.report.markup import template
-from eval.report.tables import markdown_table, table
+from eval.report.tables import markdown_table, number, table
 from eval.stats.estimates import ALL
 
 
@@ -23,7 +23,8 @@ def show(folder: Path) -> None:
     means = summary.pivot_table(index="row", columns="column", values="mean", sort=False)
     shown = Table("row", *columns, title=f"{folder.name} (intervals: {folder}/table.md)")
     for row, values in means[list(columns)].iterrows():
-        shown.add_row(str(row), *map("{:.3f}".format, values))
+        cells = [number(values[name], column.decimals) for name, column in columns.items()]
+        shown.add_row(str(row), *cells)
     OUT.print(shown)
 
 

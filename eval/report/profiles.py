@@ -60,9 +60,13 @@ def profile(scores: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def with_layers(scores: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return the samples of a column by layer, with the number of their layer."""
+    """Return the samples of a column by layer, with the number of their layer, from 1 on.
+
+    Scorers that read layers off the names of tensors count them from 0.
+    """
     samples = scores[scores["column"] == column]
-    return samples.assign(layer=samples["id"].str.removeprefix("layer/").astype(int))
+    layers = samples["id"].str.removeprefix("layer/").astype(int)
+    return samples.assign(layer=layers + int(0 in layers.to_numpy()))
 
 
 def tau(scores: pd.DataFrame, styles: RowStyles, caption: str) -> Figure | None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.columns import Column
-from eval.report.canvas import INK, Floats, Ints, Mask, RowStyles, freeze, of_methods, sheet, sweep_styles
+from eval.report.canvas import INK, Floats, Ints, Mask, RowStyles, freeze, of_methods, row_styles, sheet
 from eval.report.fronts import identity_markers, labels, utility, utility_label
 from eval.report.labels import label_points
 from eval.report.layout import Columns, heading
@@ -106,7 +106,7 @@ def sweep_fronts(measured: Mapping[str, Estimate], sweeps: pd.DataFrame | None, 
     if sweeps is None or x is None or not heights or not (lines := lines_of(sweeps, x.rows)):
         return None
     reading = f"{_READING}; bars: intervals{_PARTS * bool(x.parts)}"
-    styles = sweep_styles(sweeps["sweep"].unique().tolist())
+    styles = row_styles(sweeps["sweep"].unique().tolist())
     size = (3.0 + 4.8 * len(heights), max(5.6, 1.4 + 0.34 * len(lines)))
     figure = sheet("Fronts of the swept rows", f"{caption}. {reading}", size)
     axes = figure.subplots(ncols=len(heights), squeeze=False)[0]
@@ -167,7 +167,7 @@ def sweep_effects(
     shown = [column for column in map(both.get, EFFECTS) if column is not None]
     if sweeps is None or not shown or not (lines := lines_of(sweeps, shown[0].rows)):
         return None
-    styles = sweep_styles(sweeps["sweep"].unique().tolist())
+    styles = row_styles(sweeps["sweep"].unique().tolist())
     fields: dict[str, list[Line]] = {}
     for line in lines:
         fields.setdefault(line.field, []).append(line)

@@ -18,6 +18,8 @@ from eval.stats.derived import KAPPA
 from eval.stats.estimates import ALL, is_method
 from eval.stats.resampling import LEAST_SEEDS, LEVEL, RESAMPLES
 
+WRITTEN = ".6g"
+"""How the CSV files of a report write a number."""
 NONE = "–"  # where a row has no value
 _TEX_ARROWS: Mapping[Direction, str] = {"up": r"$\uparrow$", "down": r"$\downarrow$", "info": ""}
 
@@ -120,7 +122,11 @@ def best_methods(means: pd.Series[float], direction: Direction) -> set[str]:
 
 
 def number(value: float, decimals: int | None, digits: int = 3) -> str:
-    """Render a value with fixed decimals, for None with ``digits`` significant ones; no negative zero."""
+    """Render a value with fixed decimals, for None with ``digits`` significant ones; no negative zero.
+
+    It is rounded as in the CSV files first: whoever reads those shows the same digits.
+    """
+    value = float(f"{value:{WRITTEN}}")
     if decimals is not None:
         return f"{value:z.{decimals}f}"
     power = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,10 @@ from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
 from eval.report.layout import Columns, chosen, in_order, write_columns
 from eval.report.supplement import NOTHING, Supplement
-from eval.stats import comparisons, families
+from eval.stats import claims, comparisons, families, fronts
 from eval.stats.derived import DERIVED
 
-_TRAJECTORY = ["family", "seed", "model", "step", "share", "column", "id", "value"]
+_TRAJECTORY = ["family", "model", "seed", "step", "share", "column", "id", "value"]
 
 
 def write(
@@ -27,7 +28,7 @@ def write(
     against: Sequence[str],
     supplement: Supplement = NOTHING,
 ) -> None:
-    """Write ``summary.csv``, ``columns.csv``, ``comparisons.csv``, tables, ``report.html`` and figures.
+    """Write ``summary.csv``, ``columns.csv``, ``comparisons.csv``, ``claims.csv``, tables, page and figures.
 
     ``scores`` holds one sample a line: family, row, seed, column, id, value, prompt. ``columns`` are those
     that the scorers declare. ``notes`` stand below the tables; the first is the provenance and stands below
@@ -44,17 +45,23 @@ def write(
     measured = families.measure_all(scores[~scores["column"].isin(by_layer)])
     decimals = {name: column.decimals for name, column in columns.items()}
     compared = comparisons.comparisons(measured, against, decimals)
+    tested = supplement.ledger.claims if supplement.ledger is not None else {}
+    judged = claims.judge(measured, tested, decimals)
+    if supplement.tried is not None:
+        supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
     summary = families.summary(measured)
     document = tables.document(summary, columns, title, notes, supplement.marks)
     folder.mkdir(parents=True, exist_ok=True)
     _csv(summary, folder / "summary.csv")
     _csv(compared, folder / "comparisons.csv")
+    _csv(judged, folder / "claims.csv")
     write_columns(chosen(columns, summary["column"]), folder / "columns.csv")
     _write_supplement(folder, supplement)
     (folder / "table.md").write_text(tables.markdown(document), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(document), encoding="utf-8")
     drawn = figures.write(folder / "figures", measured, scores, columns, notes, supplement)
-    text = page.html(document, columns, compared, drawn, supplement)
+    proof = page.Proof(compared, judged, summary)
+    text = page.html(document, columns, proof, drawn, supplement, folder)
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
@@ -64,9 +71,11 @@ def _write_supplement(folder: Path, supplement: Supplement) -> None:
         _csv(trajectory.loc[values, _TRAJECTORY], folder / "trajectory.csv")
     if supplement.selection is not None:
         _csv(supplement.selection, folder / "selection.csv")
+    if supplement.fronts is not None:
+        _csv(supplement.fronts.areas, folder / "fronts.csv")
     if supplement.sweeps is not None:
         _csv(supplement.sweeps, folder / "sweeps.csv")
 
 
 def _csv(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    frame.to_csv(path, index=False, float_format=f"%{tables.WRITTEN}", lineterminator="\n")

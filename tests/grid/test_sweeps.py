@@ -44,7 +44,7 @@ SWEPT = {
 }
 POINTS = [point for name, row in SWEPT.items() for point in row.points(name)]
 FAMILIES = ("tiny/llama3", "tiny/phi3")
-STYLES = canvas.sweep_styles(list(SWEPT))
+STYLES = canvas.row_styles(list(SWEPT))
 
 
 # --- names and grid ------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_utility_over_families_has_the_utility_of_each(
 
 
 def test_variants_of_one_method_have_hues_of_their_own() -> None:
-    of = canvas.sweep_styles(["alignmerge", "alignmerge/random", "alignmerge/samples", "ties"])
+    of = canvas.row_styles(["alignmerge", "alignmerge/random", "alignmerge/samples", "ties"])
     assert (
         len({style["color"] for style in of.values()}) == 4 and of["alignmerge"]["color"] == canvas.OURS_COLOUR
     )

@@ -1,4 +1,4 @@
-"""What a run says of its results at the end: which claims hold, and whether the committed numbers are the same."""
+"""What a run says at its end of the committed numbers: whether its own are the same."""
 
 from __future__ import annotations
 
@@ -11,67 +11,8 @@ import pandas as pd
 import pytest
 
 from eval import stats
-from eval.columns import Column
 from eval.report.agreement import Agreement, agreement, said
-from eval.report.layout import write_columns
-from eval.report.verdict import verdict
 from eval.stats.estimates import ALL
-
-COLUMNS = {
-    "refusal_rate": Column("refusal rate", "Alignment", "up"),
-    "over_refusal_rate": Column("over-refusal rate", "Alignment", "down"),
-    "delta_utility": Column("ΔUtility, %", "Utility", "up", 1),
-    "reasoning": Column("reasoning", "Utility", "up"),
-    "helpfulness": Column("helpfulness", "Utility", "up"),
-}
-FIELDS = [
-    "family", "row", "column", "against", "difference", "ci_low", "ci_high", "verdict", "p_holm",
-    "non_inferior_to_best_expert",
-]  # fmt: skip
-NONE = "no difference shown"
-
-
-def compared(folder: Path, *lines: Sequence[Any]) -> Path:
-    """Write a folder whose comparisons are these."""
-    write_columns(COLUMNS, folder / "columns.csv")
-    pd.DataFrame(lines, columns=FIELDS).to_csv(folder / "comparisons.csv", index=False)
-    return folder
-
-
-def test_three_claims_in_three_lines(tmp_path: Path) -> None:
-    """The second comparison stands the other way round: interpolation less AlignMerge."""
-    folder = compared(
-        tmp_path,
-        (ALL, "alignmerge", "refusal_rate", "average", 0.954, 0.92, 0.97, "better", 1.2e-9, None),
-        (ALL, "alignmerge", "over_refusal_rate", "average", 0.01, -0.001, 0.02, NONE, 0.4, None),
-        (ALL, "interpolate", "refusal_rate", "alignmerge", 0.03, 0.01, 0.05, "better", 0.02, None),
-        (ALL, "interpolate", "delta_utility", "alignmerge", 1.44, 0.4, 2.3, NONE, 0.3, None),
-        (ALL, "alignmerge", "reasoning", "expert:math", -0.39, -0.44, -0.33, "", None, False),
-        (ALL, "alignmerge", "helpfulness", "expert:code", 0.01, -0.01, 0.02, "", None, True),
-        ("one family", "alignmerge", "refusal_rate", "average", -0.5, -0.6, -0.4, "worse", 1e-9, None),
-    )
-    assert verdict(folder) == [
-        "alignmerge refuses more than average: holds (refusal rate +0.95 [0.92, 0.97], corrected p 1.2e-09); "
-        "over-refusal rate +0.01 [0.00, 0.02]",
-        "alignmerge refuses more than interpolate: the opposite holds (refusal rate -0.03 [-0.05, -0.01], "
-        "corrected p 0.02); ΔUtility -1.4 [-2.3, -0.4] %",
-        "alignmerge loses less than 0.05 to the best expert: holds for helpfulness +0.01 [-0.01, 0.02]; "
-        "not shown for reasoning -0.39 [-0.44, -0.33]",
-    ]
-
-
-def test_a_claim_without_its_rows_has_no_line(tmp_path: Path) -> None:
-    folder = compared(
-        tmp_path,
-        ("one", "alignmerge", "refusal_rate", "average", 0.1, -0.1, 0.3, NONE, 0.5, None),
-        ("one", "gradient_step", "refusal_rate", "average", 0.1, -0.1, 0.3, NONE, 0.5, None),
-    )
-    (line,) = verdict(folder)
-    assert line.startswith(
-        "alignmerge refuses more than average: not shown (refusal rate +0.10 [-0.10, 0.30], "
-    )
-    (tmp_path / "empty").mkdir()
-    assert verdict(compared(tmp_path / "empty")) == []
 
 
 def results(
