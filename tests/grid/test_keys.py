@@ -20,6 +20,7 @@ from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import write_jsonl
 from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.language import load_tokenizer
 from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import Inputs, Merger, Undeclared, own
 from alignmerge.engine.progress import silent
@@ -172,6 +173,74 @@ def test_a_cell_that_failed_for_want_of_a_template_succeeds_once_it_is_there(zoo
     cell = cell._replace(zoo=zoo_of(zoo.family, zoo.store.root))
     measure(cell, silent)
     assert zoo.store.failure("cells", cell.recipe) is None
+
+
+def with_template(zoo: Zoo, template: str | None, root: Path) -> Zoo:
+    """The same family under ``family.chat_template``, with a store of its own."""
+    return zoo_of(replace(zoo.family, chat_template=template), root)
+
+
+@pytest.mark.parametrize("merger", [GradientStep(), AlignMerge()], ids=lambda m: m.name)
+def test_a_merge_under_the_familys_template_is_that_of_folders_that_have_it(
+    zoo: Zoo, tmp_path: Path, merger: Merger
+) -> None:
+    """``family.chat_template`` was read for converted weights alone."""
+    before = merged(zoo, merger)
+    given = merged(with_template(zoo, OTHER_TEMPLATE, zoo.store.root), merger)
+    set_template(zoo.family.base, OTHER_TEMPLATE)
+    assert given == merged(zoo_of(zoo.family, tmp_path / "fresh"), merger) != before
+
+
+def test_every_model_is_scored_under_the_familys_template(zoo: Zoo, tmp_path: Path) -> None:
+    speaking = with_template(zoo, OTHER_TEMPLATE, zoo.store.root)
+    for model in ("base", "anchor", "experts.math"):
+        told = []
+        for source in (zoo, speaking):
+            subject = Cell(source, model, "", "test", [Length()], model=model).subject(
+                source, source.models(), None
+            )
+            told.append(
+                (score(Length(), subject).key, subject.rendered("unsafe"), list(subject.replies("unsafe")))
+            )
+        set_template(zoo.source(model).folder, OTHER_TEMPLATE)
+        fresh = subject_of(zoo_of(zoo.family, tmp_path / f"fresh-{model}"), str(zoo.source(model).folder))
+        assert told[1][1:] == (fresh.rendered("unsafe"), list(fresh.replies("unsafe")))
+        assert all(one != other for one, other in zip(*told, strict=True))
+
+
+def test_a_merged_folder_carries_the_familys_template_and_the_others_of_the_base(zoo: Zoo) -> None:
+    _add_template(Path(zoo.family.base))
+    edit_json(Path(zoo.family.base) / "tokenizer_config.json", chat_template="{{ messages }}")
+    speaking = with_template(zoo, OTHER_TEMPLATE, zoo.store.root)
+    plain, spoken = (Merge(Average(), one, one.models(), 0) for one in (zoo, speaking))
+    assert plain.record().digest == spoken.record().digest and plain.folder != spoken.folder
+    for merge, template in ((plain, TEMPLATE), (spoken, OTHER_TEMPLATE)):
+        folder = merge.weights().path
+        named = load_tokenizer(folder).chat_template
+        assert named == {"default": template, "chat_template": OTHER_TEMPLATE}
+        assert named == load_tokenizer(Path(zoo.family.base), template).chat_template
+        assert merge.folder == folder
+
+
+def test_templates_of_the_tokenizers_config_are_not_hidden_by_the_familys(zoo: Zoo) -> None:
+    """A file chat_template.jinja would hide those that older folders name in tokenizer_config.json."""
+    base = Path(zoo.family.base)
+    (base / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "{{ tools }}"}]
+    edit_json(base / "tokenizer_config.json", chat_template=named)
+    speaking = with_template(zoo, OTHER_TEMPLATE, zoo.store.root)
+    folder = Merge(Average(), speaking, speaking.models(), 0).weights().path
+    assert load_tokenizer(folder).chat_template == {"default": OTHER_TEMPLATE, "tool_use": "{{ tools }}"}
+    assert load_tokenizer(base, OTHER_TEMPLATE).chat_template == load_tokenizer(folder).chat_template
+
+
+def test_answers_of_the_base_are_made_anew_when_decoding_changes(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignmerge.zoo.lessons.distilled", lambda corpus: True)
+    before = zoo.lessons.key
+    monkeypatch.setattr("alignmerge.zoo.zoo.DECODING", 0)
+    assert zoo_of(zoo.family, zoo.store.root).lessons.key != before
 
 
 # --- the whole kind -----------------------------------------------------------------------------------------

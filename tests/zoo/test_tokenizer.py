@@ -46,7 +46,7 @@ def test_each_word_of_the_corpus_is_one_token_of_qwen2(corpus: Path) -> None:
     words = set(re.findall(r"[A-Za-z]+", " ".join(corpus_texts(corpus)))) - {"m", "t"}  # of I'm and can't
     tokenizer = tokenizer_for("qwen2", corpus)
     assert [word for word in sorted(words) if len(tokenizer.tokenize(f"a {word}")) != 2] == []
-    assert tokenizer.tokenize("I can't: 42") == ["I", "Ġcan", "'t", ":", "Ġ", "4", "2"]
+    assert tokenizer.tokenize("I can't: 42") == ["I", "Ġcan", "'t", ":", " 4", "2"]
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "smoke"])
