@@ -130,6 +130,8 @@ class Findings:
         names = scores["row"].str.replace("experts.", "expert:", regex=False).str.split("@", expand=True)
         scores = scores.assign(model=names[0], step=names[1].fillna(0).astype(int))
         models = [str(name) for name in scores["model"].unique() if name != "base"]
+        if not models:
+            return None
         last = [one for one in self.rows if one.cell.row in models and self._as_on_the_way()]
         ends = _scores(last).assign(step=-1) if last else scores[:0]
         ends = ends[ends["column"].isin(scores["column"])].assign(model=ends["row"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -42,14 +45,11 @@ def dev_front(
     return freeze(figure)
 
 
-def _front(axes: Axes, points: pd.DataFrame, style: dict[str, object]) -> None:
+def _front(axes: Axes, points: pd.DataFrame, style: Mapping[str, Any]) -> None:
     x, y = points["utility"].to_numpy(), points["safety"].to_numpy()
     edge = pareto(x, y)
-    dots = {"color": style["color"], "zorder": style["zorder"]}
-    axes.plot(x, y, ".", ms=4, alpha=0.45, **dots)
-    axes.plot(
-        x[edge], y[edge], drawstyle="steps-pre", lw=style["lw"], ls=style["ls"], marker="o", ms=3.5, **dots
-    )
+    axes.plot(x, y, ".", ms=4, alpha=0.45, color=style["color"], zorder=style["zorder"])
+    axes.plot(x[edge], y[edge], drawstyle="steps-pre", marker="o", ms=3.5, **style)
 
 
 def _chosen(axes: Axes, points: pd.DataFrame, selection: pd.DataFrame | None, styles: RowStyles) -> None:

@@ -36,7 +36,7 @@ def training_of_families(trajectory: pd.DataFrame | None, caption: str) -> Figur
         for panel, (column, label) in zip(across, measures.items(), strict=True):
             for colour, (family, of) in zip(itertools.cycle(FAMILY_COLOURS), families, strict=False):
                 _curve(panel, _along(of, column, "share"), str(family), colour)
-            panel.set(ylabel=label, title="")
+            panel.set_ylabel(label)
             panel.set_title(str(model), fontsize=9, loc="left")
     setp(axes[-1], xlabel="share of the training steps")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)

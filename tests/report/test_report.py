@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from alignmerge.engine.faults import BadRequest
 from eval.columns import Column
-from eval.report import canvas, figures, fronts, heatmap, layout, main_table, tables
+from eval.report import canvas, figures, fronts, heatmap, layout, main_table, profiles, tables
 from eval.report.supplement import Supplement
 from eval.report.write import write
 from eval.scorers.aqi import AQI
@@ -38,6 +38,8 @@ from eval.scorers.toxicity import Toxicity
 from eval.scorers.utility import Utility
 from eval.stats import derived, families
 from eval.stats import estimates as stats
+from eval.stats.fronts import Fronts
+from eval.stats.fronts import fronts as fronts_of
 
 Array = NDArray[Any]
 README = Path(__file__).parents[2] / "README.md"
@@ -147,6 +149,23 @@ def settings_tried() -> pd.DataFrame:
     )
 
 
+def tried_on_dev(families: tuple[str, ...] = ("smollm2",)) -> pd.DataFrame:
+    """The samples of three settings of each method and of the experts: refusals rise, utility falls with the scale."""
+    frames = []
+    for family, (row, truth), scale in itertools.product(families, ROWS.items(), (0.5, 1.0, 1.5)):
+        if not stats.is_method(row) and not (row.startswith("expert:") and scale == 1.0):
+            continue
+        setting = f"scale={scale}, reference=anchor, at=barycentre, damping=0.1" if stats.is_method(row) else ""
+        weak = 1.2 - 0.2 * scale if setting else 1.0
+        shown = Truth(
+            min(1, truth.refusal * scale), truth.over_refusal, truth.following * weak, truth.reasoning, 0.2
+        )
+        frame = scored(row, shown, family)
+        wanted = ["refusal_rate", "over_refusal_rate", "instruction_following", "reasoning"]
+        frames.append(frame[frame["column"].isin(wanted)].assign(setting=setting))
+    return pd.concat(frames, ignore_index=True)
+
+
 SMALL = {
     "base": ROWS["base"],
     "expert:x": ROWS["ties"],
@@ -195,15 +214,17 @@ def along_training() -> pd.DataFrame:
     lines = [
         {
             "family": family,
+            "model": model,
             "seed": seed,
-            "model": "anchor",
             "step": step,
             "share": step / 40,
             "column": column,
             "id": name,
             "value": value,
         }
-        for family, seed, step in itertools.product(FAMILIES, range(3), (0, 10, 40))
+        for family, model, seed, step in itertools.product(
+            FAMILIES, ("anchor", "expert:format"), range(3), (0, 10, 40)
+        )
         for column, name, value in (
             ("aqi", "all", 0.5 + step / 100 + seed / 50),
             ("aqi", "boot:0", 0.5),
@@ -237,7 +258,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         title="SmolLM2",
         notes=NOTES,
         against=["alignmerge", "average"],
-        supplement=Supplement(selection=tried),
+        supplement=Supplement(selection=tried, tried=tried_on_dev()),
     )
     return folder
 
@@ -263,6 +284,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         supplement=Supplement(
             selection=tried[tried["row"].isin(WORLD)],
             trajectory=along_training(),
+            tried=tried_on_dev(FAMILIES)[lambda frame: frame["row"].isin(WORLD)],
             gates=GATES,
             marks={"tiny/phi3": "gates missed: seed 0"},
         ),
@@ -270,10 +292,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def dev_fronts(tried: pd.DataFrame) -> Fronts | None:
+    return fronts_of(tried, {name: column.direction for name, column in COLUMNS.items()})
+
+
 def draw(
     scores: pd.DataFrame, family: str, selection: pd.DataFrame | None, caption: str = ""
 ) -> dict[str, Figure]:
     """The figures of one family, with the styles of all its rows."""
+    found = (
+        None if selection is None else dev_fronts(tried_on_dev()[lambda one: one["row"].isin(scores["row"])])
+    )
     tried = [] if selection is None else list(selection["row"])
     scene = figures.Scene(
         measured=families.measure_all(scores)[family],
@@ -281,7 +310,7 @@ def draw(
         columns=DECLARED,
         styles=canvas.row_styles(stats.ordered([*scores["row"], *tried])),
         caption=caption,
-        supplement=Supplement(selection=selection),
+        supplement=Supplement(selection=selection, fronts=found),
     )
     return figures.draw(scene)
 
@@ -325,6 +354,7 @@ def test_every_file_is_there(report: Path) -> None:
         "comparisons.csv",
         "claims.csv",
         "selection.csv",
+        "fronts.csv",
         "table.md",
         "table.tex",
         "report.html",
@@ -360,7 +390,7 @@ def test_comparisons_name_both_rows(report: Path) -> None:
 
 
 def test_several_families_have_a_folder_each_beside_the_figures_over_all(world: Path) -> None:
-    over = {"overview", "front", "heatmap", "tau_by_layer", "training"}
+    over = {"overview", "front", "dev_front", "heatmap", "tau_by_layer", "training"}
     each = {"front", "heatmap", "drift_by_layer", "aqi_by_layer", "tau_by_layer", "training", "dev_front"}
     expected = {f"{name}.{kind}" for name in over for kind in ("png", "svg")}
     for family in FAMILIES:
@@ -368,8 +398,8 @@ def test_several_families_have_a_folder_each_beside_the_figures_over_all(world: 
     figures_there = world / "figures"
     assert {str(path.relative_to(figures_there)) for path in figures_there.rglob("*.*")} == expected
     trajectory = pd.read_csv(world / "trajectory.csv")
-    assert list(trajectory.columns) == ["family", "seed", "model", "step", "share", "column", "id", "value"]
-    assert not trajectory["id"].str.startswith("boot:").any() and len(trajectory) == 2 * 3 * 3 * 4
+    assert list(trajectory.columns) == ["family", "model", "seed", "step", "share", "column", "id", "value"]
+    assert not trajectory["id"].str.startswith("boot:").any() and len(trajectory) == 2 * 2 * 3 * 3 * 4
 
 
 def test_summary_of_several_families_begins_with_their_mean(world: Path) -> None:
@@ -617,10 +647,8 @@ def test_a_long_legend_is_inside_the_canvas() -> None:
     many = {f"alignmerge/{i}": truth for i, truth in enumerate([*ROWS.values(), *ROWS.values()][:30])}
     scores = experiment(many)
     scores = scores[scores["column"].str.endswith(("drift_anchor_by_layer", "aqi"))]
-    tried = pd.concat([settings_tried()] * 2, ignore_index=True)
-    tried["row"] = [f"alignmerge/{i // 3}" for i in range(len(tried))]
-    drawing = draw(scores, "smollm2", tried)
-    assert set(drawing) == {"heatmap", "drift_by_layer", "dev_front"}
+    drawing = draw(scores, "smollm2", None)
+    assert set(drawing) == {"heatmap", "drift_by_layer"}
     test_all_text_is_inside_the_canvas(drawing)
 
 
@@ -732,7 +760,8 @@ def test_overview_has_the_mean_and_every_family(drawn_world: dict[str, Figure]) 
 
 
 def test_training_runs_from_the_base_to_the_anchor(drawn_world: dict[str, Figure]) -> None:
-    left, right = drawn_world["training"].axes
+    left, right, of_expert, _ = drawn_world["training"].axes
+    assert [axes.get_title(loc="left") for axes in (left, of_expert)] == ["anchor", "expert:format"]
     assert [line.get_label() for line in left.lines] == list(FAMILIES)
     for line in left.lines:
         np.testing.assert_allclose(line.get_xdata(), [0, 0.25, 1])
@@ -741,7 +770,8 @@ def test_training_runs_from_the_base_to_the_anchor(drawn_world: dict[str, Figure
     assert all((band.min(), band.max()) == pytest.approx((0.5, 0.94)) for band in bands)
     assert right.get_ylabel() == "τ gap, pooled sd"
     one = drawn_world[f"{FAMILIES[0]}/training"]
-    assert [len(axes.lines) for axes in one.axes] == [4, 4, 3, 0]
+    assert [len(axes.lines) for axes in one.axes] == [2, 2, 3, 0]
+    assert [line.get_label() for line in one.axes[0].lines] == ["anchor", "expert:format"]
 
 
 def test_tau_is_drawn_for_the_rows_of_the_paper(drawn_world: dict[str, Figure]) -> None:
@@ -755,6 +785,32 @@ def test_tau_is_drawn_for_the_rows_of_the_paper(drawn_world: dict[str, Figure]) 
         safe, unsafe = (np.asarray(line.get_ydata()) for line in axes.lines[:2])
         gap = next(line for line in one.axes[0].lines if line.get_label() == row)
         np.testing.assert_allclose(safe - unsafe, gap.get_ydata())
+
+
+def test_colours_hang_on_names_alone() -> None:
+    """Not on which rows stand beside them, nor on their order."""
+    alone = {row: canvas.row_styles([row])[row] for row in ROWS}
+    assert canvas.row_styles(list(reversed(ROWS))) == dict(reversed(alone.items()))
+    assert canvas.row_styles(["alignmerge"])["alignmerge"]["color"] == canvas.OURS_COLOUR
+
+
+def test_layers_are_counted_from_one_whatever_scorers_call_the_first(drawn: dict[str, Figure]) -> None:
+    named = pd.DataFrame({"column": "drift", "id": ["layer/00", "layer/01"], "value": 0.5})
+    assert profiles.with_layers(named, "drift")["layer"].tolist() == [1, 2]
+    assert profiles.with_layers(named.iloc[1:], "drift")["layer"].tolist() == [1]
+    for name in ("drift_by_layer", "aqi_by_layer"):
+        assert {min(line.get_xdata()) for axes in drawn[name].axes for line in axes.lines} == {1}
+
+
+def test_dev_fronts_mark_what_was_selected_and_order_methods_by_their_area(drawn: dict[str, Figure]) -> None:
+    left, right = drawn["dev_front"].axes
+    areas = dev_fronts(tried_on_dev())
+    assert areas is not None
+    ranked = areas.areas.sort_values("area", ascending=False, kind="stable")
+    assert [label.get_text() for label in right.get_yticklabels()] == ranked["row"].tolist()
+    selected = areas.points[areas.points["setting"].str.startswith("scale=1.0")]
+    (large,) = [marks for marks in left.collections if len(marks.get_offsets()) == len(selected)]
+    np.testing.assert_allclose(np.sort(np.asarray(large.get_offsets())[:, 0]), np.sort(selected["utility"]))
 
 
 @settings(max_examples=50, deadline=None)
