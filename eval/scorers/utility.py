@@ -97,10 +97,11 @@ class Utility(Scorer):
             raise BadRequest(faults)
 
     def score(self, subject: Subject) -> Iterable[Sample]:
-        """Return one sample for each question; raises ``BadRequest`` where a prompt is too long."""
+        """Return one sample for each question; raises ``BadRequest`` where a prompt is too long or not rendered."""
         from alignmerge.engine.language import plain_decoding
 
         loaded = subject.loaded()
+        subject.rendered(self.tasks[0])  # a template that is missing or refuses is named; lm-eval just fails
         with TemporaryDirectory(prefix="alignmerge-tasks-") as folder:
             write_tasks(Path(folder), {name: subject.prompts(name) for name in self.tasks})
             answered: dict[str, list[Row]] = {}
