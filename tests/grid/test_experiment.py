@@ -33,7 +33,7 @@ from alignmerge.engine.store import Store
 from eval.grid.cells import Cell, measure
 from eval.scorers.judge import ENCODER, HUMAN
 from eval.scorers.toxicity import BILSTM, LINEAR
-from tests.kills.kills import alive
+from tests.kills.kills import WORDS, alive
 
 PLACE = "smoke, seed 0"
 UNMERGED = ["base", "anchor", "expert:arithmetic", "expert:format"]
@@ -545,8 +545,7 @@ MADE = {"training": "models", "merging": "weights", "scoring": "replies", "repor
 def test_a_full_disk_is_one_line_at_every_stage_and_the_store_heals(small_disk: Path, tmp_path: Path) -> None:
     """A model has 570 kB, and so has a merge; replies and scores have some, a report 140."""
     store, results = small_disk / "store", small_disk / "results"
-    words = [*own_experiment(tmp_path / "conf", ties={"method": "ties"}), "workers=1", f"store={store}"]
-    words.append(f"results={results}")
+    words = [*WORDS, "method=average", f"store={store}", f"results={results}"]
     for room in (300, 2500, 100, 100):
         resized(small_disk, room)
         ended = launch(*words, folder=tmp_path, seconds=SECONDS)
