@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help run smollm2 smoke reference verify test test-cpus lint bench bench-merges clean
+.PHONY: help run smollm2 smoke reference verify test test-cpus test-kills lint bench bench-merges clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ test: $(STAMP) ## Run the tests
 test-cpus: $(STAMP) ## Compare digests on this CPU and on emulated Haswell, Skylake and Rome (needs qemu-user; an hour)
 	command -v qemu-x86_64 > /dev/null || apt-get install -y qemu-user || { apt-get update && apt-get install -y qemu-user; }
 	tests/cpus/compare.sh $(BIN)/python
+
+test-kills: $(STAMP) ## Kill runs at 50 random moments, run them again, and compare all digests (ten minutes on a quiet machine)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills.kills --kills $(or $(KILLS),50)
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

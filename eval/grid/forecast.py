@@ -15,7 +15,9 @@ from eval.grid.experiment import STAGES, Experiment
 from eval.grid.work import SCORES, likely_choice, recorded
 
 STEP_SECONDS = 0.04
-"""Of a training step where no training is recorded. This and the next three are those of the tiny families."""
+"""Of a training step where no training is recorded. This and the next four are those of the tiny families."""
+MODEL_SECONDS = 2.0
+"""Of all else that making a model takes."""
 PART_SECONDS = 0.15
 """Of one scorer on one model, where none is recorded."""
 MERGE_SECONDS = 0.4
@@ -43,10 +45,16 @@ def forecast_of(experiment: Experiment, workers: int) -> Forecast:
 
 
 def _training(experiment: Experiment, models: Iterable[tuple[Zoo, str]], means: Mapping[str, float]) -> float:
-    """Return the mean seconds of making some models: in proportion to the steps of their training."""
-    every = [steps_of(zoo, key) for zoo in experiment.first_seed for key in zoo.family.references()]
-    step = means.get("models", STEP_SECONDS * fmean(every)) / max(1.0, fmean(every))
-    return step * fmean([steps_of(zoo, key) for zoo, key in models] or [0])
+    """Return the mean seconds of making some models: in proportion to what they would take unmeasured."""
+    every = [_unmeasured(zoo, key) for zoo in experiment.first_seed for key in zoo.family.references()]
+    usual = fmean(every)
+    wanted = fmean([_unmeasured(zoo, key) for zoo, key in models] or [0.0])
+    return means.get("models", usual) / usual * wanted
+
+
+def _unmeasured(zoo: Zoo, key: str) -> float:
+    """Return the seconds of making a model, where no training is recorded."""
+    return MODEL_SECONDS + STEP_SECONDS * steps_of(zoo, key)
 
 
 def _measuring(cells: Sequence[Cell], means: Mapping[str, float]) -> float:

@@ -239,8 +239,8 @@ def _end(failures: list[Failure]) -> int:
     faults = [fault for one in failures if isinstance(one.error, BadRequest) for fault in one.error.faults]
     if faults:
         raise BadRequest(dict.fromkeys(faults))
-    full = {str(one.error): None for one in failures if isinstance(one.error, NoRoom)}
-    for reason in full:  # once, however many cells it stopped
+    full = [str(one.error) for one in failures if isinstance(one.error, NoRoom)]
+    for reason in full[:1]:  # once, however many cells it stopped, each of which found less room
         print(f"failed: {reason}", file=sys.stderr)
     for failure in failures:
         if not isinstance(failure.error, NoRoom):

@@ -12,7 +12,7 @@ import pytest
 
 from alignmerge.engine import assets as module
 from alignmerge.engine.assets import Assets, parse_package
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, NoRoom
 from alignmerge.engine.store import Store
 
 PIN = "tiny-weights==1.0"
@@ -203,3 +203,22 @@ def test_parse_package() -> None:
     file = parse_package("pypi:a.b-c_d==1.0.post1+cpu/x/y z.txt", WHERE)
     assert file == ("a.b-c_d", "1.0.post1+cpu", "x/y z.txt")
     assert file.pin == "a.b-c_d==1.0.post1+cpu"
+
+
+def test_a_full_disk_is_not_called_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    full = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    asked: list[dict[str, str]] = []
+
+    def pip(*args: object, env: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(env)
+        return full
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    store = Store(tmp_path / "store")
+    with pytest.raises(
+        NoRoom, match=f"no room on the disk: {tmp_path}/store.* free; make room and run this again"
+    ):
+        Assets(store, {PIN: "0" * 64}).path(f"pypi:{PIN}/x", WHERE)
+    assert asked[0]["TMPDIR"].startswith(str(tmp_path))  # pip unpacks on the disk that the line names
+    assert kept(store) == []

@@ -83,3 +83,23 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) 
     check_room(tmp_path / "new" / "out", "out", 10)
     with pytest.raises(BadRequest, match=r"needs 1e\+06 TB, .* are free"):
         check_room(tmp_path / "new" / "out", "out", 10**18)
+
+
+def test_a_folder_may_be_replaced_whole_and_one_after_the_other(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    for content in ("first", "second"):
+        with claimed(out, "results", replace=True) as staging:
+            (staging / out.name).mkdir()
+            (staging / out.name / content).write_text(content)
+        assert [path.name for path in out.iterdir()] == [content]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_was_to_be_replaced_stays_if_nothing_comes_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "first").write_text("first")
+    with pytest.raises(RuntimeError), claimed(out, "results", replace=True) as staging:
+        (staging / out.name).mkdir()
+        raise RuntimeError
+    assert [path.name for path in out.iterdir()] == ["first"] and list(tmp_path.iterdir()) == [out]

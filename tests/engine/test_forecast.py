@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignmerge.engine.forecast import ENOUGH, PRIOR_SECONDS, Forecast, Stage, spelt
+from alignmerge.engine.forecast import ENOUGH, LEAST_SECONDS, PRIOR_SECONDS, Forecast, Stage, spelt
 
 
 def forecast(*, recorded: bool, workers: int = 2, after: float = 0.0) -> Forecast:
@@ -80,3 +80,38 @@ def test_share_of_a_task_never_falls() -> None:
 )
 def test_durations_for_people(seconds: float, words: str) -> None:
     assert spelt(seconds) == words
+
+
+def of_two_kinds(*, recorded: bool) -> Forecast:
+    """Four trainings of 10 s, twenty cells of 1 s and 16 s of report are expected."""
+    stages = [Stage("training", 4, 10.0, "training"), Stage("cells", 20, 1.0, "measuring")]
+    return Forecast(stages, 2, recorded=recorded, after=16.0, now=100.0)
+
+
+def test_what_training_took_tells_half_of_what_measuring_will_take() -> None:
+    run = of_two_kinds(recorded=False)
+    run.begin("training", 4)
+    run.report("a", 0.0, 100.0)
+    run.finish("a", 190.0)  # nine times as long as expected: cells and report are expected to take three times
+    assert run.left(190.0) == pytest.approx(3 * 10 * 9 / 2 + 20 * 1 * 3 / 2 + 16 * 3)
+
+
+def test_a_kind_that_was_measured_goes_by_its_own_pace() -> None:
+    run = of_two_kinds(recorded=False)
+    for stage, tasks, seconds in (("training", 4, 90.0), ("cells", 20, 2.0)):
+        run.begin(stage, tasks)
+        for number in range(min(tasks, 4) - (stage == "cells") * 2):  # all trainings, and two cells
+            run.report(str(number), 0.0, 100.0)
+            run.finish(str(number), 100.0 + seconds)
+    whole = (4 * 90 + 2 * 2) / (4 * 10 + 2 * 1)
+    taken = 4.0  # of the cells: less than tells anything by itself
+    assert taken < LEAST_SECONDS
+    assert run.left(500.0) == pytest.approx(18 * 1 * whole**0.5 / 2 + 16 * whole**0.5)
+
+
+def test_nothing_is_said_before_a_few_seconds_are_measured() -> None:
+    run = of_two_kinds(recorded=False)
+    run.begin("training", 4)
+    run.report("a", 0.0, 100.0)
+    run.report("a", 0.001, 100.0 + LEAST_SECONDS / 2)  # which would be 2500 s each
+    assert run.left(100.0 + LEAST_SECONDS / 2) is None

@@ -19,7 +19,7 @@ from conftest import MakesModel
 from alignmerge.engine import hub
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
-from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.faults import BadRequest, NoRoom
 from alignmerge.engine.folder import tokenizer_digest
 from alignmerge.engine.language import load_model
 from alignmerge.engine.store import NotMade, Store
@@ -437,3 +437,14 @@ def test_paths_of_any_name_are_found(
     (tmp_path / name).mkdir()
     assert assets.path(str(tmp_path / name), WHERE) == assets.path(f"local:~/{name}", WHERE) == tmp_path / name
     assert "no such file or folder: ~nobody-at-all/x" in refused(assets, "~nobody-at-all/x")
+
+
+def test_a_full_disk_is_not_called_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: StandIn
+) -> None:
+    def full(*args: object, **options: object) -> Path:
+        raise RuntimeError("Data processing error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hub, "_snapshot", full)
+    with pytest.raises(NoRoom, match=f"no room on the disk: {tmp_path}/hf/hub: more needed, .* free"):
+        hub._download(hub.parse(REFERENCE, WHERE), None, WHERE)

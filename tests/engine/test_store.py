@@ -307,6 +307,7 @@ DAMAGES = {
     "a manifest of bytes": (MANIFEST, b"\xff\xfe\x00", "manifest.json is empty or cut off"),
     "a list": (MANIFEST, b"[]", "manifest.json holds no facts"),
     "no facts": (MANIFEST, b"{}", "manifest.json holds no facts"),
+    "no recipe": (MANIFEST, b'{"facts": {}}', "manifest.json holds no recipe"),
     "no manifest": (MANIFEST, None, "no manifest.json"),
     "half a file": ("weights", b"comp", "weights has 4 bytes, not 8"),
     "no file": ("weights", None, "weights is missing"),

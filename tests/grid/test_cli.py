@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -206,7 +207,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["seed=1.5", "workers=two"],
      [f"seed: 1.5; allowed: {COUNT} 0", f"workers: 'two'; allowed: {COUNT} 1"]),
     (["seed=true"], [f"seed: True; allowed: {COUNT} 0"]),
-    (["store=null", "results=[3]"], ["store: None; allowed: a path", "results: [3]; allowed: a path"]),
+    (["store=null"], ["store: None; allowed: a path"]),
     (["mode=plan", "store=${nope}"], ["store: Interpolation key 'nope' not found…"]),
     (["~method", "~workers", PLAN],
      ["workers: deleted; allowed: a value", f"method._target_: None; allowed: {TARGETS}"]),
@@ -216,6 +217,9 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
       f"foo: unknown key; allowed: {KEYS}"]),
     (["family=local,smoke"], ["family: local,smoke; allowed: one value; [a,b] for a list; with -m, a sweep over a,b"]),
     (["grid.name=x"], ["grid.name: there is no grid; allowed: an experiment beside it, e.g. experiment=tiny"]),
+    *[([PLAN, "family=local", f"family.experts.{alias}=/x"],
+       [f"family.experts.{alias}: not an alias; allowed: letters, digits and _ - . (a letter or digit first)"])
+      for alias in ("a/b", "a@b", "a b", "")],
     (["+foo=1"], [f"foo: unknown key; allowed: {KEYS}"]),
     (["corpus.seed={a"], ["corpus.seed={a: not understood; allowed: key=value, with quotes around a value that…"]),
     (["family.note=a b=c's"], ["family.note=a b=c's: not understood; allowed: 'family.note=\"a b=c'\"'\"'s\"'"]),
@@ -391,6 +395,7 @@ AWKWARD = (
     'say "x"',
     "{odd}",
     "[x]",
+    "[a, b]",
     "back\\",
     "a: b",
     "1",
@@ -427,6 +432,44 @@ def test_experts_as_a_mapping_and_home_folders(desk: Path, monkeypatch: pytest.M
     assert (config["out"], config["store"]) == ("/home/zoë/my models/x", "/home/zoë")
     added = yaml.safe_load(call("--cfg", "job", "family=smollm2", "family.experts.more=/x y").out)
     assert list(added["family"]["experts"])[-1] == "more" and len(added["family"]["experts"]) == 3
+
+
+def test_paths_wholly_in_brackets(desk: Path) -> None:
+    """Read as a list or a mapping they would be refused: no path is one."""
+    given = ["family=local", "out=[x]", "model={a: b}", "store=[]", "family.experts={math: [y], 'code': [z]}"]
+    config = yaml.safe_load(call("--cfg", "job", *given).out)
+    assert [config[key] for key in ("out", "model", "store")] == ["[x]", "{a: b}", "[]"]
+    assert config["family"]["experts"] == {"math": "[y]", "code": "[z]"}
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    folders: dict[str, Path], desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version
+
+    def installed(name: str) -> str:
+        if name == "detoxify":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", installed)
+    checkpoint = ["scorer.toxicity.checkpoint=a", "scorer.toxicity.checkpoint_sha256=b"]
+    checkpoint += ["scorer.toxicity.checkpoint_config=c", "scorer.toxicity.backend=detoxify"]
+    given = ["mode=score", f"model={folders['base']}", "out=o", "family=smoke", "corpus=toy"]
+    result = call(*given, "scorer=[toxicity]", *checkpoint)
+    assert (result.code, tree(desk)) == (2, {})
+    assert result.errors == ["package detoxify: is not installed; allowed: pip install 'detoxify<0.6,>=0.5.4'"]
+    launcher = call("-m", "hydra/launcher=slurm", "method=ties,average", PLAN)
+    if importlib.util.find_spec("hydra_plugins") is None:
+        assert launcher.errors[0].startswith("package hydra-submitit-launcher: is not installed; allowed: pip")
+
+
+def test_a_module_that_is_missing_anywhere_is_named(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(config: object) -> int:
+        raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
+
+    monkeypatch.setattr("eval.grid.modes.dispatch", lacks)
+    assert call(PLAN).errors == ["package peft: is not installed; allowed: pip install 'peft<1,>=0.21'"]
 
 
 def test_a_sweep_over_paths_and_what_is_no_path(desk: Path) -> None:

@@ -33,7 +33,7 @@ from alignmerge.engine.store import Store
 from eval.grid.cells import Cell, measure
 from eval.scorers.judge import ENCODER, HUMAN
 from eval.scorers.toxicity import BILSTM, LINEAR
-from tests.kills.kills import alive
+from tests.kills.kills import WORDS, alive
 
 PLACE = "smoke, seed 0"
 UNMERGED = ["base", "anchor", "expert:arithmetic", "expert:format"]
@@ -557,19 +557,20 @@ def resized(disk: Path, room: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={used + room}k", str(disk)], check=True)
 
 
-MADE = {"training": "models", "merging": "weights", "scoring": "replies", "reporting": "reports"}
+ROOMS = {"training": 300, "merging": 2900, "reporting": 750}
+"""Kilobytes free at the start of a run that stops there: a model, or a merge, has 580, a report 140."""
 
 
 def test_a_full_disk_is_one_line_at_every_stage_and_the_store_heals(small_disk: Path, tmp_path: Path) -> None:
-    """A model has 570 kB, and so has a merge; replies and scores have some, a report 140."""
-    store, results = small_disk / "store", small_disk / "results"
-    words = [*own_experiment(tmp_path / "conf", ties={"method": "ties"}), "workers=1", f"store={store}"]
-    words.append(f"results={results}")
-    for room in (300, 2500, 100, 100):
+    store = small_disk / "store"
+    words = [*WORDS, "method=average", f"store={store}", f"results={small_disk / 'results'}"]
+    for stage, room in ROOMS.items():
         resized(small_disk, room)
         ended = launch(*words, folder=tmp_path, seconds=SECONDS)
-        print(room, ended.code, ended.err, [x.name for x in store.iterdir()])
+        said = [line for line in ended.err.splitlines() if "whole run" not in line]
+        assert ended.code == 1 and len(said) == 1, (stage, ended)
+        assert said[0].startswith(f"failed: no room on the disk: {small_disk}"), stage
         whole(store)
     resized(small_disk, 20_000)
     assert launch(*words, folder=tmp_path, seconds=SECONDS).code == 0
-    assert 0
+    assert not list((store / ".staging").iterdir())

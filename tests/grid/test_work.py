@@ -90,6 +90,16 @@ def test_recorded_times_by_kind_and_family(tmp_path: Path, record: Records) -> N
     assert set(sizes.get_group("a")) == {100} and sizes.get_group("b").isna().all()
 
 
+@pytest.mark.parametrize("content", ["", '{"facts": {"seco', "[]", '{"facts": {}}'])
+def test_a_damaged_manifest_tells_no_time_and_stops_no_plan(
+    content: str, tmp_path: Path, record: Records
+) -> None:
+    record("merges", 2, family="a")
+    record("merges", 3, family="a")
+    (tmp_path / "store" / "merges" / "000" / "manifest.json").write_text(content)
+    assert list(recorded(tmp_path / "store")["seconds"]) == [3]
+
+
 def test_no_more_of_a_stage_is_read_than_a_sample(
     tmp_path: Path, record: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
