@@ -23,6 +23,10 @@ PIECE_ELEMENTS = 1 << 22
 """How many numbers are rounded before they are hashed and written at one go."""
 MOST_WORKERS = 4
 """More do not help: memory and disk set the pace."""
+AHEAD = 2
+"""How many items are done ahead for each worker."""
+MOST_PIECES = AHEAD * MOST_WORKERS + 2
+"""Those that wait, one that waits no longer and one that is written."""
 MMAP_THRESHOLD, TRIM_THRESHOLD, KEPT_BYTES = -3, -1, 32 << 20
 """What glibc calls the sizes up to which freed memory is kept, and ours."""
 WHOLE = slice(None)
@@ -107,7 +111,7 @@ def in_order(
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * count:
+                if len(waiting) > AHEAD * count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
