@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import local
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from alignmerge.engine.merger import (
     Rule,
     check_choice,
     check_range,
+    compiled,
     flat,
     total,
 )
@@ -31,8 +34,8 @@ Counts = Any
 Weights = Sequence[float] | None
 TINY = 1e-300
 """Less than any sum of weights above 0: what agrees in no model with a weight is 0."""
-Pass = Callable[[Callable[[Sequence[Tensor]], Counts]], Iterable[Counts]]
-"""A pass over the deltas: what a function makes of each block of all models."""
+Pass = Callable[[Callable[[Tensor, Sequence[Tensor]], None]], Iterable[None]]
+"""A pass over all models: does something with each block of the base and of the pool, as it is iterated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +70,20 @@ class Ties(Merger):
             return lambda block: self._merged(block, found[block.name], 1.0, weights)
         kept = max(1, int(self.density * _parameters(models)))
         cuts = [Cut(rank.value) for rank in kth_largest(partial(_pass, models, None), kept)]
-        votes = sum(blocks(models, lambda block: int(elected(_trimmed(block, cuts), 0.0, weights).sum())))
+        votes = sum(blocks(models, partial(_votes, cuts, weights)))
         majority = float((votes > 0) - (votes < 0))
         thresholds = dict(zip(models.aliases, (cut.least for cut in cuts), strict=True))
         ctx.record(thresholds=thresholds, majority_sign=majority)
         return lambda block: self._merged(block, cuts, majority, weights)
 
     def _merged(self, block: Block, cuts: Sequence[Cut], majority: float, weights: Weights) -> Tensor:
+        fused = compiled([block.base, *block.pool])
+        if fused and weights is None:
+            merged = torch.empty_like(block.base)
+            least, ends = _bounds(block, cuts)
+            arrays = flat(merged), flat(block.base), tuple(map(flat, block.pool))
+            fused.ties_into(*arrays, least, ends, majority, self.scale)
+            return merged
         trimmed = _trimmed(block, cuts)
         sign = elected(trimmed, majority, weights)
         return block.base + self.scale * disjoint_mean(trimmed, sign, weights)
@@ -106,9 +116,9 @@ def kth_largest(over: Pass, k: int) -> list[Rank]:
     The bits of non-negative floats sort like the floats: one pass counts their upper halves, a second
     one the lower halves within the bucket that holds rank ``k``.
     """
-    upper = [_rank(counts, k) for counts in _summed(over(_upper_halves))]
+    upper = [_rank(counts, k) for counts in _counted(over, _add_upper_halves, 1 << 15)]
     buckets = [bucket for bucket, _ in upper]
-    lower = _summed(over(partial(_lower_halves, buckets=buckets)))
+    lower = _counted(over, partial(_add_lower_halves, buckets), 1 << 16)
     found = []
     for (bucket, left), counts in zip(upper, lower, strict=True):
         half, kept = _rank(counts, left)
@@ -152,13 +162,34 @@ def _parameters(models: Models) -> int:
 
 
 def _pass(
-    models: Models, names: Sequence[str] | None, count: Callable[[Sequence[Tensor]], Counts]
-) -> Iterator[Counts]:
-    return blocks(models, lambda block: count(block.deltas), names)
+    models: Models, names: Sequence[str] | None, count: Callable[[Tensor, Sequence[Tensor]], None]
+) -> Iterator[None]:
+    return blocks(models, lambda block: count(block.base, block.pool), names)
+
+
+def _votes(cuts: Sequence[Cut], weights: Weights, block: Block) -> int:
+    """Return how many more coordinates rise than fall."""
+    fused = compiled([block.base, *block.pool])
+    if fused and weights is None:
+        return int(fused.votes(flat(block.base), tuple(map(flat, block.pool)), *_bounds(block, cuts)))
+    return int(elected(_trimmed(block, cuts), 0.0, weights).sum())
+
+
+def _start(block: Block) -> int:
+    """Return the place of a block's first number in its view."""
+    return int((block.rows.start or 0) * math.prod(block.base.shape[1:]))
+
+
+def _bounds(block: Block, cuts: Sequence[Cut]) -> tuple[Any, Any]:
+    """Return, for each model, the least magnitude that is kept, and the place in the block where ties end."""
+    start, size = _start(block), block.base.numel()
+    least = np.array([cut.least for cut in cuts], np.float32)
+    ends = [max(0, min(cut.end - start, size)) for cut in cuts]
+    return least, np.array(ends, np.int64)
 
 
 def _trimmed(block: Block, cuts: Sequence[Cut]) -> list[Tensor]:
-    start = (block.rows.start or 0) * math.prod(block.base.shape[1:])
+    start = _start(block)
     found = []
     for delta, (least, end) in zip(block.deltas, cuts, strict=True):
         kept = trim(delta, least)
@@ -195,26 +226,41 @@ def _end(models: Models, name: str, place: int, rank: Rank) -> int:
     raise AssertionError("there are as many as were counted")
 
 
-def _upper_halves(deltas: Sequence[Tensor]) -> Counts:
-    bits = (delta.abs().view(-1).view(torch.int32) for delta in deltas)
-    return np.stack([torch.bincount(one >> 16, minlength=1 << 15).numpy() for one in bits])
+def _counted(over: Pass, add: Callable[[Counts, Tensor, Sequence[Tensor]], None], buckets: int) -> Counts:
+    """Return what ``add`` counts in a pass, (models, buckets): each thread has counts of its own, summed at the end."""
+    made: list[Counts] = []
+    own = local()
+
+    def count(base: Tensor, pool: Sequence[Tensor]) -> None:
+        if not hasattr(own, "counts"):
+            own.counts = np.zeros((len(pool), buckets), np.int64)
+            made.append(own.counts)
+        add(own.counts, base, pool)
+
+    deque(over(count), maxlen=0)
+    return sum(made)
 
 
-def _lower_halves(deltas: Sequence[Tensor], buckets: Sequence[int]) -> Counts:
-    found = []
-    for delta, bucket in zip(deltas, buckets, strict=True):
-        bits = flat(delta.abs()).view(np.uint32)
-        inside = bits[bits >> 16 == bucket] & 0xFFFF
-        found.append(np.bincount(inside, minlength=1 << 16))
-    return np.stack(found)
+def _add_upper_halves(found: Counts, base: Tensor, pool: Sequence[Tensor]) -> None:
+    for k, theta in enumerate(pool):
+        if fused := compiled([base, theta]):
+            fused.count_upper(found[k], flat(base), flat(theta))
+        else:
+            found[k] += np.bincount(_bits(base, theta) >> 16, minlength=1 << 15)
 
 
-def _summed(counts: Iterable[Counts]) -> Counts:
-    each = iter(counts)
-    totals = next(each)
-    for one in each:
-        totals += one
-    return totals
+def _add_lower_halves(buckets: Sequence[int], found: Counts, base: Tensor, pool: Sequence[Tensor]) -> None:
+    for k, (theta, bucket) in enumerate(zip(pool, buckets, strict=True)):
+        if fused := compiled([base, theta]):
+            fused.count_lower(found[k], flat(base), flat(theta), bucket)
+        else:
+            bits = _bits(base, theta)
+            found[k] += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
+
+
+def _bits(base: Tensor, theta: Tensor) -> Any:
+    """Return the magnitudes of a delta as integers."""
+    return flat((theta - base).abs()).view(np.uint32)
 
 
 def _rank(counts: Any, k: int) -> tuple[int, int]:

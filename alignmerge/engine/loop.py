@@ -23,8 +23,13 @@ PIECE_ELEMENTS = 1 << 22
 """How many numbers are rounded before they are hashed and written at one go."""
 MOST_WORKERS = 4
 """More do not help: memory and disk set the pace."""
+AHEAD = 2
+"""How many items are done ahead for each worker."""
+MOST_PIECES = AHEAD * MOST_WORKERS + 2
+"""Those that wait, one that waits no longer and one that is written."""
 MMAP_THRESHOLD, TRIM_THRESHOLD, KEPT_BYTES = -3, -1, 32 << 20
 """What glibc calls the sizes up to which freed memory is kept, and ours."""
+WHOLE = slice(None)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -52,15 +57,16 @@ def merge(
 
     The rule is handed views; what comes back is written as the base stores it. Blocks of elementwise rules are
     merged by ``workers`` threads (None: one a core), while this one hashes and writes. Neither their number nor
-    the size of blocks changes a bit. Other rules are handed the matrices of decoder layers whole. Raises BadRequest if what the rule reads is not finite, ArithmeticError if it
-    yields a value that is not finite or of another shape.
+    the size of blocks changes a bit. Other rules are handed the matrices of decoder layers whole.
+
+    Raises BadRequest if what the rule reads is not finite, ArithmeticError if it yields a value that is not finite
+    or of another shape.
     """
     base = models.base
     specs = {name: (spec.dtype, spec.shape) for name, spec in base.items()}
     keep_memory()
     pieces = _pieces(models, block_elements, whole=not elementwise)
-    buffers = _buffers(models, block_elements) if elementwise else None
-    work = partial(_merged_piece, rule, models, buffers)
+    work = partial(_merged_piece, rule, models, _buffers(models, block_elements))
     merged = in_order(work, pieces, workers if elementwise else 1)
     with closing(Writer(folder, specs, shard_bytes)) as writer, closing(merged):
         for done, (name, parts) in enumerate(groupby(merged, key=lambda one: one[0])):
@@ -105,7 +111,7 @@ def in_order(
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * count:
+                if len(waiting) > AHEAD * count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -131,7 +137,7 @@ def _pieces(models: Models, block_elements: int, *, whole: bool) -> Iterator[Pie
     for name in models.base:
         for view in models.base.parts(name):
             shape = models.base.views[view].shape
-            found = [slice(None)] if whole and is_matrix(view, shape) else row_blocks(shape, block_elements)
+            found = [WHOLE] if whole and is_matrix(view, shape) else row_blocks(shape, block_elements)
             step = max(1, PIECE_ELEMENTS // block_elements)
             for first in range(0, len(found), step):
                 yield Piece(name, view, found[first : first + step])
@@ -143,11 +149,12 @@ def _buffers(models: Models, block_elements: int) -> Buffers:
     return Buffers(max(row, block_elements))
 
 
-def _merged_piece(
-    rule: Rule, models: Models, buffers: Buffers | None, piece: Piece
-) -> tuple[str, list[Tensor]]:
+def _merged_piece(rule: Rule, models: Models, buffers: Buffers, piece: Piece) -> tuple[str, list[Tensor]]:
     """Return the name of the stored tensor, and the merged rows as they are stored."""
-    merged = [_merged(rule, models, MappedBlock(models, piece.view, rows, buffers)) for rows in piece.blocks]
+    merged = []
+    for rows in piece.blocks:
+        memory = None if rows == WHOLE else buffers
+        merged.append(_merged(rule, models, MappedBlock(models, piece.view, rows, memory)))
     return piece.stored, merged
 
 

@@ -327,7 +327,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     least one that is not zero (up to 16 models; bf16 values: 2^41 times).
     """
     tensors = list(tensors)
-    if weights is None and (fused := _fused(tensors)):
+    if weights is None and (fused := compiled(tensors)):
         merged = torch.empty_like(tensors[0])
         fused.mean_into(flat(merged), tuple(map(flat, tensors)))
         return merged
@@ -337,7 +337,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
 def step(base: Tensor, pool: Sequence[Tensor], scale: float) -> Tensor:
     """Return base + scale * sum_k (pool_k - base): differences in fp32, the rest in float64, rounded once to fp32."""
     pool = list(pool)
-    if fused := _fused([base, *pool]):
+    if fused := compiled([base, *pool]):
         merged = torch.empty_like(base)
         fused.step_into(flat(merged), flat(base), tuple(map(flat, pool)), scale)
         return merged
@@ -360,8 +360,8 @@ def flat(tensor: Tensor) -> Any:
     return tensor.detach().view(-1).numpy()
 
 
-def _fused(tensors: Sequence[Tensor]) -> Any:
-    """Return the compiled loops if they can take these tensors, else None: torch's operations do the same."""
+def compiled(tensors: Sequence[Tensor]) -> Any:
+    """Return the module ``fused`` if its loops can take these tensors, else None: torch's operations do the same."""
     plain = all(one.dtype == torch.float32 and one.is_cpu and one.is_contiguous() for one in tensors)
     return _compiled() if plain else None
 

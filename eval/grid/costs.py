@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,9 @@ import torch
 from alignmerge.engine.checkpoint import BLOCK_ELEMENTS, Checkpoint, row_blocks
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.folder import read_json
+from alignmerge.engine.loop import MOST_PIECES, MOST_WORKERS, PIECE_ELEMENTS
 from alignmerge.engine.validation import FLOATS
-from alignmerge.engine.views import views_of
+from alignmerge.engine.views import is_matrix, views_of
 
 FP32_BYTES = 4
 BASES = 2
@@ -48,8 +48,7 @@ class Tensors(NamedTuple):
     @property
     def matrices(self) -> dict[str, tuple[int, ...]]:
         """The linear weights of the decoder layers, (d_out, d_in): no embeddings, no output matrix."""
-        apart = re.compile("embed|lm_head")
-        return {name: s for name, s in self.views.items() if len(s) == 2 and not apart.search(name)}
+        return {name: shape for name, shape in self.views.items() if is_matrix(name, shape)}
 
     @property
     def cache_bytes(self) -> int:
@@ -93,10 +92,15 @@ def tensors_from(config: Path) -> Tensors:
 
 
 def merge_bytes(tensors: Tensors, inputs: int) -> tuple[int, int]:
-    """Return the peak bytes of merging ``inputs`` models: in row blocks, and with whole tensors."""
+    """Return the peak bytes of merging ``inputs`` models: in row blocks, and with the matrices of layers whole.
+
+    In row blocks every thread holds a block, and finished pieces wait to be written.
+    """
     held, shapes = FP32_BYTES * (inputs + 1), tensors.views.values()
     block = max(map(_block_elements, shapes), default=0)
-    return held * block, held * max(map(math.prod, shapes), default=0)
+    piece = tensors.item_bytes * min(PIECE_ELEMENTS, max(map(math.prod, shapes), default=0))
+    matrix = max(map(math.prod, tensors.matrices.values()), default=0)
+    return MOST_WORKERS * held * block + MOST_PIECES * piece, held * max(block, matrix)
 
 
 def diagonal_bytes(tensors: Tensors) -> int:

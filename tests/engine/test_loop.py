@@ -26,10 +26,11 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.loop import blocks, in_order, merge
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Block, Merger, Models, average, step
+from baselines import ties
 from baselines.average import Average
 from baselines.interpolate import Interpolate
 from baselines.task_arithmetic import TaskArithmetic
-from baselines.ties import Ties
+from baselines.ties import Cut, Ties
 
 SYMMETRIC: list[Merger] = [Average(), TaskArithmetic(scale=0.7), Interpolate(t=0.3)]
 SYMMETRIC += [Ties(density=0.4, scale=0.7), Ties(density=0.4, variant="per_tensor")]
@@ -99,6 +100,22 @@ def test_compiled_sums_are_torchs(count: int, size: int, seed: int) -> None:
     assert all(map(torch.equal, found, plain))
     wanted = sum(one.double() for one in pool) / count
     assert torch.equal(found[0], wanted.float())  # type: ignore[union-attr]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 2500), st.integers(0, 1000), st.sampled_from([-1.0, 0.0, 1.0]))
+def test_compiled_ties_are_torchs(count: int, size: int, seed: int, majority: float) -> None:
+    """Small multiples of 1/8, so that zeros of both signs, equal magnitudes and cancellations abound."""
+    normal = torch.Generator().manual_seed(seed)
+    base, *pool = (torch.randint(-4, 5, (count + 1, size), generator=normal) * -0.125).unbind()
+    least = torch.randint(0, 4, (count,), generator=normal) * 0.125
+    cuts = [Cut(float(one), float(size // 2 + 3)) if one > 0.2 else Cut(float(one)) for one in least]
+    block, method = Block("w", slice(0, size), base, pool), Ties(scale=0.7)
+    found = method._merged(block, cuts, majority), ties._votes(cuts, block)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(merger, "_compiled", lambda: None)
+        plain = method._merged(block, cuts, majority), ties._votes(cuts, block)
+    assert torch.equal(found[0].view(torch.int32), plain[0].view(torch.int32)) and found[1] == plain[1]
 
 
 def test_negative_zeros_stay() -> None:
@@ -199,7 +216,7 @@ print(peak[0] // 1024)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Gemma-2's embedding of 256,000 rows, narrower: all that the process holds, torch included, in MiB."""
     peaks = []
-    for columns in (32, 128):
+    for columns in (64, 160):
         folder = tmp_path / str(columns)
         folder.mkdir()
         command = [sys.executable, "-c", MEMORY, str(folder), "256000", str(columns)]
@@ -207,4 +224,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     assert max(peaks) < 1024
-    assert peaks[1] < peaks[0] + 64  # the larger model has 48 MiB more in bf16, and 75 MiB more in fp32 a model
+    assert peaks[1] < peaks[0] + 48  # the larger model has 48 MiB more in bf16, and 97 MiB more in fp32 a model

@@ -109,12 +109,12 @@ def test_bytes_by_hand() -> None:
     assert costs.basis_bytes(SMALL, "output") == 4 * 2 * (6**2 + 4**2)
     assert costs.statistics_bytes(SMALL, ["output", "input"]) == 4 * parameters + 4 * 4 * (4**2 + 10**2)
     assert costs.adapter_size(SMALL, 3) == 3 * (6 + 4 + 4 + 10)
-    assert costs.merge_bytes(SMALL, 4) == (4 * 5 * 97 * 4, 4 * 5 * 97 * 4)
+    assert costs.merge_bytes(SMALL, 4) == (4 * (4 * 5 * 97 * 4) + 10 * (2 * 97 * 4), 4 * 5 * 97 * 4)
 
 
 def test_no_tensors_cost_nothing() -> None:
     assert costs.merge_bytes(Tensors({}, 4), 4) == (0, 0) and Tensors({}, 4).parameters == 0
-    assert costs.merge_bytes(Tensors({"scale": ()}, 4), 1) == (8, 8)
+    assert costs.merge_bytes(Tensors({"scale": ()}, 4), 1) == (4 * 8 + 10 * 4, 8)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_all_faults_of_all_models_at_once(tiny_model: MakesModel, copied: Copies
 
 
 def cost(models: Models) -> tuple[int, int, int, int]:
-    """Parameters, bytes on disk, and what a merge holds in row blocks and in whole tensors."""
+    """Parameters, bytes on disk, and what a merge holds in row blocks and with whole matrices."""
     inputs = 1 + len(models.pool) + (models.pretrained is not None)
     tensors = costs.tensors_of(models.base)
     return (tensors.parameters, tensors.disk_bytes, *costs.merge_bytes(tensors, inputs))
@@ -257,10 +257,13 @@ def test_cost_of_a_small_model_by_hand(tiny_model: MakesModel) -> None:
     models = open_models({"base": base, "anchor": base, "experts.a": base, "experts.b": base})
     largest = 97 * 32
     held = 4 * (3 + 2) * largest  # fp32: base, anchor, two experts, the result
-    assert cost(models) == (PARAMETERS, 4 * PARAMETERS, held, held)
+    streamed = 4 * held + 10 * 4 * largest  # four threads, and ten results on their way to the disk
+    assert cost(models) == (PARAMETERS, 4 * PARAMETERS, streamed, held)
     half = tiny_model("llama", dtype="bfloat16")
     with_origin = {"base": half, "anchor": half, "experts.a": half, "experts.b": half, "pretrained": half}
-    assert cost(open_models(with_origin)) == (PARAMETERS, 2 * PARAMETERS, held // 5 * 6, held // 5 * 6)
+    held = 4 * (4 + 2) * largest
+    streamed = 4 * held + 10 * 2 * largest
+    assert cost(open_models(with_origin)) == (PARAMETERS, 2 * PARAMETERS, streamed, held)
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(base).num_parameters() == PARAMETERS
@@ -283,7 +286,8 @@ def test_cost_is_what_the_loop_holds(
 
     monkeypatch.setattr(costs, "BLOCK_ELEMENTS", elements)
     merge(rule, models, tmp_path, block_elements=elements)
-    assert max(seen) == cost(models)[2]
+    results = 10 * 4 * max(spec.numel for spec in models.base.values())
+    assert 4 * max(seen) + results == cost(models)[2]
     seen.clear()
-    merge(rule, models, tmp_path, elementwise=False)
+    merge(rule, models, tmp_path, elementwise=False, block_elements=elements)
     assert max(seen) == cost(models)[3]

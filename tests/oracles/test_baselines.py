@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -415,7 +415,11 @@ def test_streamed_threshold_is_exact(values: list[tuple[float, float]], data: st
     block = data.draw(st.integers(1, size))
     models = torch.tensor(values, dtype=torch.float32).T.contiguous()
     parts = [[model[i : i + block] for model in models] for i in range(0, size, block)]
-    for rank, model in zip(kth_largest(lambda count: map(count, parts), k), models, strict=True):
+
+    def over(count: Callable[[Tensor, Sequence[Tensor]], None]) -> Iterable[None]:
+        return (count(torch.zeros_like(part[0]), part) for part in parts)
+
+    for rank, model in zip(kth_largest(over, k), models, strict=True):
         sizes = model.abs().sort(descending=True).values
         assert rank.value == float(sizes[k - 1])
         assert rank.kept == int((sizes[:k] == sizes[k - 1]).sum())
