@@ -75,14 +75,15 @@ class Kronecker(Quadratic):
         method, merged = self.method, self.soup(block)
         if block.name not in self.names:
             return merged
-        shield, centre, reference = self.shield(block.name), merged - block.base, self.reference(block)
-        delta = reference + shield.shrink(centre - reference, method.lambda_align)
+        shield, centre = self.shield(block.name), merged - block.base
+        correction = shield.removed(centre - self.reference(block), method.lambda_align)
         if block.name in moved.tensors:
-            delta = delta + moved.tensors[block.name]
+            correction = correction - moved.tensors[block.name]
         if certified:
-            facts = certify(shield, block, delta, method.reference, method.lambda_align, self._geometry(centre))
+            geometry, delta = self._geometry(centre), centre - correction
+            facts = certify(shield, block, delta, method.reference, method.lambda_align, geometry)
             self.ctx.record_block(block.name, **facts)
-        return block.base + delta
+        return merged - correction
 
     def space(self, directions: Directions) -> Space:
         """Return merge coefficients by decoder layer, or the coordinates in each S_A."""

@@ -62,11 +62,12 @@ def fisher_barycentre(
     return (above / below).float()
 
 
-def shrinkage(rho: Tensor, lambda_align: float) -> Tensor:
-    """1 / (1 + lambda rho), the factor by which L_align shrinks each direction towards the reference.
+def removal(rho: Tensor, lambda_align: float) -> Tensor:
+    """lambda rho / (1 + lambda rho): the share of each direction's way to the reference that L_align takes.
 
-    lambda_align may be inf: directions with rho > 0 are then removed altogether.
+    lambda_align may be inf: directions with rho > 0 then go all the way.
     """
     if lambda_align == float("inf"):
-        return (rho <= 0).to(rho.dtype)
-    return 1 / (1 + lambda_align * rho)
+        return (rho > 0).to(rho.dtype)
+    pulled = lambda_align * rho
+    return pulled / (1 + pulled)

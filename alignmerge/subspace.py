@@ -4,11 +4,11 @@
 data, damped by eps times the mean diagonal), and output-gradient moments S_A and S_G likewise, the
 metric is S_G (x) A_G and the alignment Fisher S_A (x) A_A. The generalised eigenproblems A_A u = alpha
 A_G u and S_A v = sigma S_G v give bases in which both are diagonal, so the minimiser shrinks each
-coefficient of X = mean delta - d_ref by 1 / (1 + lambda rho_ij), rho_ij = sigma_i alpha_j normalised to
-mean 1.
+coefficient of X = d_start - d_ref by 1 / (1 + lambda rho_ij), rho_ij = sigma_i alpha_j normalised to
+mean 1. (d_start: the minimiser of L_geo, by default the mean delta.)
 
 *Samples.* With per-example alignment gradients J (n x d), K = J G^-1 J^T = U diag(n rho) U^T and
-x = mean delta - d_ref: d* = mean delta - G^-1 J^T c, c = sum_{j<=r} a_j U_j (U_j^T J x) / (n rho_j),
+x = d_start - d_ref: d* = d_start - G^-1 J^T c, c = sum_{j<=r} a_j U_j (U_j^T J x) / (n rho_j),
 a_j = lambda rho_j / (1 + lambda rho_j).
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignmerge.objective import shrinkage
+from alignmerge.objective import removal
 
 
 class Basis(NamedTuple):
@@ -125,9 +125,12 @@ class Shield(NamedTuple):
             gradient = self.outputs.vectors.T @ gradient
         return gradient
 
-    def shrink(self, x: Tensor, lambda_align: float) -> Tensor:
-        """The minimiser D of ||D - X||^2_G + lambda ||D||^2_H, H the alignment Fisher on S_A."""
-        return self.combine(self.coefficients(x) * shrinkage(self.rho, lambda_align))
+    def removed(self, x: Tensor, lambda_align: float) -> Tensor:
+        """X - D for the minimiser D of ||D - X||^2_G + lambda ||D||^2_H, H the alignment Fisher on S_A.
+
+        Exactly 0 where lambda_align is.
+        """
+        return self.combine(self.coefficients(x) * removal(self.rho, lambda_align))
 
 
 def common_scale(products: Sequence[Tensor], copies: Sequence[int], rank: int | None) -> Scale:
@@ -171,7 +174,7 @@ def dual_coefficients(kernel: Tensor, along: Tensor, lambda_align: float, rank: 
     rho is normalised so that the mean of its top ``rank`` values is 1; lambda_align may be inf.
     """
     values, vectors = sample_eigenpairs(kernel, rank)
-    removed: Tensor = 1 - shrinkage(values / values.mean(), lambda_align)
+    removed: Tensor = removal(values / values.mean(), lambda_align)
     return vectors.mv(removed * vectors.T.mv(along) / values)
 
 

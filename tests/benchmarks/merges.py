@@ -65,8 +65,9 @@ def points(folder: Path, size: Size, fields: Mapping[str, Any], count: int, core
     source = random_source(folder, size)
     for checkpoint in [models.base, *models.pool]:
         assert checkpoint.digest  # part of the keys, which are no part of a merge
+    usual = {"estimator": "kronecker", "lambda_bud": 0.0}  # a budget needs probes
     for number in range(count):
-        merger = AlignMerge(**{"lambda_align": 1.0 + number, **fields})
+        merger = AlignMerge(**{**usual, "lambda_align": 1.0 + number, **fields})
         with threads(cores):
             yield {"lambda_align": merger.lambda_align, **_merged(merger, source, models, folder / "merged")}
     with threads(cores):

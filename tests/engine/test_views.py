@@ -84,7 +84,7 @@ WITH_DATA: list[Merger] = [
     GradientStep(at="barycentre"),
     GradientStep(at="base", length=0.3),
     *(
-        AlignMerge(estimator=estimator, metric=metric, factors=factors, at=at, rank=rank)
+        AlignMerge(estimator=estimator, metric=metric, factors=factors, at=at, rank=rank, lambda_bud=0.0)
         for (estimator, factors), metric, (at, rank) in itertools.product(
             [("kronecker", "input"), ("kronecker", "output"), ("kronecker", "both"), ("samples", "input")],
             ["shared", "per_expert"],
@@ -95,8 +95,8 @@ WITH_DATA: list[Merger] = [
 PER_MATRIX: list[Merger] = [
     Ties(variant="per_tensor"),
     SafeMerge(),
-    AlignMerge(factors="output"),
-    AlignMerge(factors="both"),
+    AlignMerge(estimator="kronecker", factors="output", lambda_bud=0.0),
+    AlignMerge(estimator="kronecker", lambda_bud=0.0),
 ]
 """Methods whose result would be another one if fused matrices were taken for one."""
 
@@ -553,7 +553,7 @@ def test_every_architecture_merges_as_it_runs(
     models = open_models(folders)
     ctx = Context(models, Store(tmp_path / "store"), tmp_path / "average", SETS)
     method = AlignMerge(
-        estimator=estimator, factors="both" if estimator == "kronecker" else "input", lambda_align=9.0
+        estimator=estimator, lambda_align=9.0, lambda_bud=0.0
     )
     merge(method.fit(ctx), models, tmp_path, elementwise=False)
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())

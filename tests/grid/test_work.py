@@ -38,11 +38,9 @@ KINDS = {"models", "merges", "statistics"}
 
 
 def test_no_other_method_keeps_bases() -> None:
-    assert AlignMerge().kept_sides == ("input",) and AlignMerge(factors="both").kept_sides == (
-        "input",
-        "output",
-    )
-    assert AlignMerge(estimator="samples").kept_sides == Average().kept_sides == FisherSoup().kept_sides == ()
+    assert AlignMerge(estimator="kronecker").kept_sides == ("input", "output")
+    assert AlignMerge(estimator="kronecker", factors="input").kept_sides == ("input",)
+    assert AlignMerge().kept_sides == Average().kept_sides == FisherSoup().kept_sides == ()
     assert Geometry().kept_sides == ("input",)
 
 
@@ -143,7 +141,7 @@ def test_statistics_are_those_that_methods_and_scorers_declare(experiment: Exper
     own = {("anchor", "own:anchor"), ("x", "own:x"), ("y", "own:y")}
     assert statistics(FisherSoup()) == (own, set())
     seen = {("base", "alignment"), ("base", "metric")}
-    assert statistics(AlignMerge(factors="both")) == (seen, {("base", "input"), ("base", "output")})
+    assert statistics(AlignMerge(estimator="kronecker")) == (seen, {("base", "input"), ("base", "output")})
     moved = {("barycentre", name) for _, name in seen}
     assert statistics(AlignMerge(), AlignMerge(at="barycentre"))[0] == seen | moved
     assert statistics(AlignMerge(), AlignMerge(lambda_align=2.0)) == statistics(AlignMerge())
@@ -153,7 +151,7 @@ def test_statistics_are_those_that_methods_and_scorers_declare(experiment: Exper
 
 
 def test_what_comes_to_the_same_is_counted_once(experiment: Experiment) -> None:
-    cells = cells_of(experiment, Average(), FisherSoup(), AlignMerge(), scored=True)
+    cells = cells_of(experiment, Average(), FisherSoup(), AlignMerge(estimator="kronecker"), scored=True)
     once = work_of(experiment, [Job(experiment.zoos[0], cells)])
     twice = work_of(experiment, [Job(experiment.zoos[0], [*cells, *cells])])
     assert once == twice and once.cells == (3, 3) and once.models == (0, 0)

@@ -35,7 +35,7 @@ from alignmerge.engine.loop import merge
 from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import Inputs, Merger, Models, Probes, own
 from alignmerge.engine.store import Store
-from alignmerge.kronecker import ShieldSpace
+from alignmerge.kronecker import Kronecker, ShieldSpace
 from alignmerge.meter import REPLICATES, Alignment, Meter
 from alignmerge.objective import hinge_multiplier, l_bud
 from alignmerge.samples import ExampleRows, RandomRows, SampleSpace
@@ -397,7 +397,7 @@ def test_shield_space_against_dense(factors: str, rank: int) -> None:
     for column in X.T:  # P_A keeps what lies in S_A
         parts = {n: p.reshape(shapes[n]).float() for n, p in zip(shapes, column.split([12, 10]), strict=True)}
         for name, part in parts.items():
-            left = shields[name].shrink(part, math.inf)
+            left = part - shields[name].removed(part, math.inf)
             assert float(left.abs().max()) < 1e-5
     M = torch.diag(1 + lambda_align * rho[rho > 0]) / floor
     check_space(space, X, M, shapes, normal)
@@ -496,6 +496,11 @@ class Bench(NamedTuple):
         ctx.selection = self.probes if probes else None
         return ctx
 
+    def models_apart(self) -> Tensors:
+        """The anchor's delta."""
+        anchor, base = self.models.anchor, self.models.base
+        return {name: anchor.read(name) - base.read(name) for name in base}
+
     def aqi(self, tensors: Mapping[str, Tensor]) -> float:
         """A of a merge, by plain passes over a model with these weights."""
         model = load_model(self.models.base.folder)
@@ -591,31 +596,36 @@ def test_the_budget_is_the_anchors_own_less_its_deviation(family: Bench) -> None
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3]], ids=["kronecker", "samples"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"start": "task_arithmetic", "start_with": {"scale": 0.5}}, {"pool": "experts", "reference": "base"}],
+    ids=["average", "task_arithmetic", "experts"],
+)
 def test_no_other_coefficients_have_a_lower_objective(
-    family: Bench, precise: None, form: dict[str, Any]
+    family: Bench, precise: None, form: dict[str, Any], more: dict[str, Any]
 ) -> None:
     """The published objective, written out in float64 over coefficients: V, Q and A by their definitions."""
     ctx, models, weight = family.context(), family.models, 300.0
-    start = merged(shield(**form), ctx)
+    start = merged(shield(**form, **more), ctx)
     a_min = family.aqi(start) + 0.03
-    found = merged(shield(**form, lambda_bud=weight, a_min=a_min), ctx)
+    found = merged(shield(**form, **more, lambda_bud=weight, a_min=a_min), ctx)
     names = sorted(name for name in start if name.endswith("_proj.weight"))
     budget = ctx.facts["budget"]
     quadratic = QUADRATICS[form["estimator"]](family, names)
     base = {name: models.base.read(name).double() for name in names}
     pool = [{name: model.read(name).double() - base[name] for name in names} for model in models.pool]
-    mean = {name: sum(p[name] for p in pool) / len(pool) for name in names}
-    reference = pool[0]
+    shares = {"task_arithmetic": [0.5] * 3, "experts": [0, 0.5, 0.5]}
+    factors = shares.get(more.get("start", more.get("pool", "")), [1 / 3] * 3)
+    centre = {n: sum(f * p[n] for f, p in zip(factors, pool, strict=True)) for n in names}
+    reference = pool[0] if "reference" not in more else {name: 0 * base[name] for name in names}
+    unit = sum(quadratic({n: p[n] - centre[n] for n in names})[0] for p in pool) / 3
 
     def objective(tensors: Mapping[str, Tensor]) -> float:
+        """Up to the constant of L_geo."""
         d = {name: tensors[name].double() - base[name] for name in names}
-        apart = {name: d[name] - mean[name] for name in names}
-        drift = {name: d[name] - reference[name] for name in names}
-        geo, floor = (
-            quadratic(apart)[0],
-            sum(quadratic({n: p[n] - mean[n] for n in names})[0] for p in pool) / 3,
-        )
-        return (geo + quadratic(drift)[1]) / floor + weight * l_bud(family.aqi(tensors), a_min)
+        geo = quadratic({name: d[name] - centre[name] for name in names})[0]
+        align = quadratic({name: d[name] - reference[name] for name in names})[1]
+        return (geo + align) / unit + weight * l_bud(family.aqi(tensors), a_min)
 
     best, before = objective(found), objective(start)
     assert best < before
@@ -631,6 +641,44 @@ def test_no_other_coefficients_have_a_lower_objective(
             block = f"layer {name.split('.')[2]}"
             other[name] = found[name] + sum(float(noise[block][k]) * moves[k][name] for k in range(3))
         assert objective(other) > best - 1e-3 * abs(gained)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"estimator": "samples", "rank": 3}, {"estimator": "kronecker", "rank": 2}],
+    ids=["samples", "kronecker"],
+)
+def test_a_budget_keeps_a_projection(family: Bench, precise: None, form: dict[str, Any]) -> None:
+    """lambda_align = inf: AQI rises, and S_A stays at the anchor: its own direction is the one that is left."""
+    start = merged(shield(**form, lambda_align=math.inf), family.context())
+    ctx = family.context()
+    method = shield(**form, lambda_align=math.inf, lambda_bud=1e4, a_min=family.aqi(start) + 0.02)
+    found = merged(method, ctx)
+    assert ctx.facts["budget"]["a"] > ctx.facts["budget"]["a_start"] + 1e-3
+    assert ctx.facts["budget"]["a"] == pytest.approx(family.aqi(found), abs=1e-5)
+    moved = {n: found[n] - start[n] for n in found if n.endswith("_proj.weight")}
+    rules = {n: (found[n] - family.models.anchor.read(n)) for n in moved}
+    assert max(float(x.abs().max()) for x in moved.values()) > 1e-4
+    if form["estimator"] == "samples":
+        model = load_model(family.models.base.folder)
+        J = torch.stack([flat(plain_pass(model, one).gradients) for one in family.sets["alignment"]])
+        G = (
+            torch.stack([flat(plain_pass(model, one).gradients) for one in family.sets["metric"]])
+            .square()
+            .mean(0)
+        )
+        G = G / G.mean() + DAMPING
+        values, vectors = torch.linalg.eigh((J / G) @ J.T)
+        leading = vectors[:, -3:].T @ J
+        drift, before = (float((leading @ flat(x)).norm()) for x in (rules, family.models_apart()))
+        assert drift < 1e-3 * before
+        return
+    projected = shield(**form, lambda_align=math.inf)
+    again = Kronecker(projected, family.context(), None)
+    for name, x in rules.items():
+        inside = again.shield(name).coefficients(x)[:, :2]
+        whole = again.shield(name).coefficients(family.models.anchor.read(name) - family.models.base.read(name))
+        assert float(inside.norm()) < 1e-3 * float(whole.norm())
 
 
 def kronecker_forms(
