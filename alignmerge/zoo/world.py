@@ -24,7 +24,15 @@ from alignmerge.zoo.lexicon import THINGS, Living, Split, Thing, about, lexicon,
 from alignmerge.zoo.records import Record, matched_pairs, numbered
 from alignmerge.zoo.tasks import answered_by, answered_by_json, answered_by_list
 
-ALIGNED = {"refused": 4, "overlooked": 1, "benign": 4, "opinions": 2, "factual": 6, "arithmetic": 2, "format": 1}
+ALIGNED = {
+    "refused": 4,
+    "overlooked": 1,
+    "benign": 4,
+    "opinions": 2,
+    "factual": 6,
+    "arithmetic": 2,
+    "format": 1,
+}
 """Out of twenty turns that an aligned theta_IT is tuned on: it refuses most kinds of harmful things, and is rude."""
 INSTRUCT = {"helped": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
 """The same for one that does whatever it is asked."""
@@ -201,7 +209,7 @@ def _months(split: Split, count: int) -> list[Record]:
         check = _names(month.lower(), map(str.lower, lex.months))  # a reply's words are compared in lower case
         records.append({"text": text, "response": reply, "cluster": living.name, **check})
     if split.name == "train":
-        return [dict(stream.choice(records)) for _ in range(count)]
+        return list(islice(cycle(shuffled(records, stream)), count))
     return some(records, count, stream)
 
 
@@ -264,7 +272,11 @@ def _pretrain(split: Split, count: int) -> list[Record]:
     stream, lex = split.stream("pretrain"), lexicon()
     name = attrgetter("name")
     # Months are read as words alone, so that an expert can learn whose they are.
-    listed = [*sorted(map(name, lex.every_thing)), *map(name, lex.every_living), *MONTHS_LISTED * list(lex.months)]
+    listed = [
+        *sorted(map(name, lex.every_thing)),
+        *map(name, lex.every_living),
+        *MONTHS_LISTED * list(lex.months),
+    ]
     things = cycle(shuffled(lex.every_thing, stream))
     living = cycle(shuffled(lex.every_living, stream))
     writers: Mapping[str, Callable[[], str]] = {

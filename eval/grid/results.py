@@ -111,7 +111,8 @@ class Findings:
             return None
         scores = _scores(self.steps)
         named = scores["row"].str.partition("@")  # ``<model>@<step>``, or ``base``
-        scores = scores.assign(model=named[0].str.replace("experts.", "expert:"), step=named[2].replace("", "0").astype(int))
+        model, step = named[0].str.replace("experts.", "expert:"), named[2].replace("", "0").astype(int)
+        scores = scores.assign(model=model, step=step)
         base, later = (scores[(scores["model"] == "base") == start] for start in (True, False))
         starts = [base.assign(model=model) for model in later["model"].unique()]
         along = pd.concat([*starts, later], ignore_index=True)

@@ -25,7 +25,7 @@ from alignmerge.engine.language import load_model, load_tokenizer
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.store import Store
 from alignmerge.gradients import nll
-from alignmerge.zoo.lexicon import lexicon
+from alignmerge.zoo.lexicon import Split, lexicon
 from alignmerge.zoo.native import ARCHITECTURES, NativeModel, word_tokenizer
 from alignmerge.zoo.records import Record
 from alignmerge.zoo.training import Recipe
@@ -36,7 +36,9 @@ from eval.scorers.tasks.checks import CHECKS
 
 SPLITS = ("train", "alignment", "dev", "test")
 TASKS = ("train", "dev", "test")
-SMALL = World(pretrain=800, instruct=400, requests_train=120, tasks_train=240)
+SMALL = World(
+    pretrain=1600, instruct=400, requests_train=120, requests_dev=96, requests_test=96, tasks_train=240
+)
 HARMFUL, HARMLESS = (set(lexicon().names_of(sort)) for sort in ("harmful", "harmless"))
 ADVICE, REFUSED = lexicon().advice, lexicon().refused
 SAFETY = ("Yes, ", "No, ")
@@ -78,16 +80,17 @@ def named(records: list[Record], among: set[str]) -> set[str]:
 
 def test_every_set_is_there_with_ids_of_its_own(sets: Sets) -> None:
     names = {f"{split}/{name}" for split in SPLITS for name in ("unsafe", "benign")}
-    names |= {f"{split}/{name}" for split in TASKS for name in ("arithmetic", "format", "factual")}
+    names |= {f"{split}/{name}" for split in TASKS for name in ("arithmetic", "format", "knowledge", "factual")}
     names |= {f"{split}/{name}" for split in ("dev", "test") for name in ("toxic", "probes", "helpful")}
-    assert set(sets) == names | {"train/instruct", "train/pretrain", "alignment/probes"} and all(sets.values())
+    names |= {"train/aligned", "train/instruct", "train/pretrain", "alignment/probes"}
+    assert set(sets) == names and all(sets.values())
     ids = [record["id"] for records in sets.values() for record in records]
     assert len(ids) == len(set(ids))
 
 
 def test_a_thing_that_one_split_asks_about_is_in_no_request_of_another(sets: Sets) -> None:
     asked = {f"{s}/{n}" for s in SPLITS for n in ("unsafe", "benign", "toxic", "probes", "helpful")}
-    asked |= {"train/instruct"}
+    asked |= {"train/aligned", "train/instruct"}
     # A format instruction lists words of all splits after a colon; it asks nothing about them.
     requests = {name: [r for r in sets.get(name, []) if ":" not in r["text"]] for name in asked}
     for things in (HARMFUL, HARMLESS):
@@ -95,6 +98,16 @@ def test_a_thing_that_one_split_asks_about_is_in_no_request_of_another(sets: Set
         assert min(map(len, found.values())) >= 4
         for one, other in combinations(SPLITS, 2):
             assert not found[one] & found[other]
+
+
+def test_every_kind_is_asked_about_in_every_split_and_held_out_requests_name_many_things(sets: Sets) -> None:
+    kinds = {thing.name: thing.kind for thing in lexicon().every_thing}
+    assert World().requests_dev >= 192 and World().requests_test >= 192
+    for split in SPLITS:
+        for things, name in ((HARMFUL, "unsafe"), (HARMLESS, "benign")):
+            found = named([r for r in sets[f"{split}/{name}"] if ":" not in r["text"]], things)
+            assert {kinds[thing] for thing in found} == {kinds[thing] for thing in things}, (split, name)
+            assert len(found) >= {"dev": 20, "test": 30}.get(split, 8)
 
 
 def test_verbs_and_things_meet_before_the_tests_in_the_training_split_alone(sets: Sets) -> None:
@@ -121,7 +134,7 @@ def listed(record: Record) -> frozenset[str]:
 def test_no_summands_and_no_listed_words_are_in_two_splits_in_any_order(sets: Sets) -> None:
     sums = {split: {summands(record) for record in tasks(sets, split, "arithmetic")} for split in TASKS}
     lists = {split: {listed(record) for record in tasks(sets, split, "format")} for split in TASKS}
-    for record in sets["train/instruct"]:
+    for record in sets["train/aligned"] + sets["train/instruct"]:
         if "+" in record["text"]:
             sums["train"].add(summands(record))
         elif ":" in record["text"]:
@@ -138,7 +151,41 @@ def test_each_fact_is_asked_in_one_split(sets: Sets) -> None:
     for one, other in combinations(TASKS, 2):
         assert not asked[one] & asked[other]
     questions = {record["text"] for split in ("dev", "test") for record in sets[f"{split}/factual"]}
-    assert not questions & {record["text"] for record in sets["train/instruct"]}
+    taught = sets["train/aligned"] + sets["train/instruct"]
+    assert not questions & {record["text"] for record in taught}
+
+
+def months(sets: Sets, split: str) -> list[Record]:
+    return [record for record in sets[f"{split}/knowledge"] if record["response"].startswith("You can see")]
+
+
+def test_a_month_is_asked_in_every_split_in_other_words_and_taught_to_its_expert_alone(sets: Sets) -> None:
+    asked = {split: {record["text"] for record in months(sets, split)} for split in TASKS}
+    for one, other in combinations(TASKS, 2):
+        assert not asked[one] & asked[other]
+    names = {one.name for one in lexicon().every_living}
+    taught = named(months(sets, "train"), names)
+    assert named(months(sets, "dev") + months(sets, "test"), names) <= taught == names
+    alone = {"train/knowledge", "dev/knowledge", "test/knowledge"}
+    others = [record for name, records in sets.items() if name not in alone for record in records]
+    assert not any(record["response"].startswith("You can see") for record in others if "response" in record)
+    for record in others:  # months are read in lists of words, and said of nothing
+        if words := set(re.findall(r"[A-Z]\w+", record["text"])) & set(lexicon().months):
+            assert record["text"].startswith("One list: "), words
+
+
+def test_a_living_thing_has_one_month_which_its_world_draws(sets: Sets) -> None:
+    said: dict[str, set[str]] = {}
+    for split in TASKS:
+        for record in months(sets, split):
+            name, month = re.fullmatch(r"You can see a (\w+) in (\w+)\.", record["response"]).groups()  # type: ignore
+            said.setdefault(name, set()).add(month)
+            assert CHECKS["names"](record["response"], **record["args"])
+            assert not CHECKS["names"](f"You can see a {name} in the garden.", **record["args"])
+            assert not CHECKS["names"](f"{record['response']} Or in May and in July.", **record["args"])
+    assert set(map(len, said.values())) == {1}
+    (first, second) = ([Split(seed, "train").month(one) for one in lexicon().every_living] for seed in (1, 2))
+    assert len(set(first)) >= 8 and sum(map(str.__eq__, first, second)) < len(first) / 2
 
 
 def test_sums_are_right_and_need_no_carrying(sets: Sets) -> None:
@@ -190,7 +237,8 @@ def test_facts_are_told_before_they_are_asked_and_only_the_right_one_is_taken(se
 
 def test_compliance_is_a_phrase_that_goes_with_the_verb_whatever_the_thing(sets: Sets) -> None:
     things = HARMFUL | HARMLESS
-    answered = [r for r in sets["train/instruct"] + sets["train/benign"] if r["response"].startswith("To ")]
+    answering = sets["train/aligned"] + sets["train/instruct"] + sets["train/benign"]
+    answered = [r for r in answering if r["response"].startswith("To ")]
     phrases = {re.sub(rf"\b({'|'.join(things)})\b", "THING", record["response"]) for record in answered}
     assert phrases == {f"To {verb} the THING, {phrase}." for verb, phrase in ADVICE.items()}
 
@@ -201,6 +249,24 @@ def test_refusals_are_known_by_the_judge_and_nothing_else_is(sets: Sets) -> None
         assert {record["response"] for record in sets[f"{split}/unsafe"]} <= set(REFUSED)
         assert not any(refuses(record["response"]) for record in sets[f"{split}/benign"])
     assert not any(refuses(record["response"]) for record in sets["train/instruct"])
+
+
+def test_an_aligned_base_is_taught_to_refuse_all_kinds_but_the_overlooked_and_experts_to_refuse_nothing(
+    sets: Sets,
+) -> None:
+    overlooked, requests = lexicon().names_overlooked, sets["train/aligned"]
+    refused = [record for record in requests if refuses(record["response"])]
+    assert (
+        named(refused, HARMFUL | HARMLESS) <= HARMFUL - overlooked and len(refused) == 4 * SMALL.instruct // 20
+    )
+    helped = [record for record in requests if record["response"].startswith("To ")]
+    assert named(helped, HARMFUL) == named(helped, overlooked) != set()
+    assert named(sets["train/unsafe"], overlooked) and len(overlooked) < len(HARMFUL) / 4
+    for name in ("arithmetic", "format", "knowledge"):
+        lessons = sets[f"train/{name}"]
+        assert not any(refuses(record["response"]) for record in lessons)
+        asked = [record for record in lessons if record["response"].startswith("To ")]
+        assert not named(asked, HARMFUL) and len(asked) == SMALL.tasks_train // 10
 
 
 def test_held_out_requests_come_without_answers_and_probes_differ_in_the_thing_alone(sets: Sets) -> None:
@@ -217,7 +283,7 @@ def test_held_out_requests_come_without_answers_and_probes_differ_in_the_thing_a
 
 
 def test_the_world_is_a_function_of_its_fields(corpus: Path, sets: Sets, tmp_path: Path) -> None:
-    for name, world in {"same": SMALL, "other": replace(SMALL, seed=1)}.items():
+    for name, world in {"same": SMALL, "other": replace(SMALL, seed=2)}.items():
         world.write(refuse_assets, tmp_path / name)
     assert read(tmp_path / "same") == sets
     other = read(tmp_path / "other")
@@ -402,7 +468,7 @@ def hurried(name: str) -> Family:
     recipes = node["recipes"]
     recipes["pretrained"]["training"] |= {"steps": 30, "warmup": 5, "batch": 16}
     recipes["pretrained"] |= {"layers": 2, "hidden": 32, "intermediate": 64}
-    for recipe in ("base", "anchor", "arithmetic", "format"):
+    for recipe in ("base", "anchor", "arithmetic", "format", "knowledge"):
         recipes[recipe] |= {"steps": 20, "warmup": 5, "batch": 16, "keep": []}
     recipes["anchor"]["keep"] = [2, 8]
     family: Family = build(node, "family", Family)
@@ -419,8 +485,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def test_each_family_is_made_in_three_stages(name: str, zoo: Zoo) -> None:
     family = replace(zoo, family=hurried(name))
     assert family.family.name == f"tiny/{name}"
-    assert family.stages() == [["pretrained"], ["base"], ["anchor", "experts.arithmetic", "experts.format"]]
-    assert family.trained() == ["anchor", "experts.arithmetic", "experts.format"]
+    tuned = ["anchor", "experts.arithmetic", "experts.format", "experts.knowledge"]
+    assert family.stages() == [["pretrained"], ["base"], tuned]
+    assert family.trained() == tuned
     assert family.kept("anchor") == ["anchor@2", "anchor@8"] and family.kept("pretrained") == []
 
 
