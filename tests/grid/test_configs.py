@@ -376,7 +376,9 @@ def test_scorers_of_a_grid_are_the_files_of_conf_scorer_but_for_what_is_said() -
     grid = build(node, "grid", Grid)
     aqi = build(usual["aqi"], "scorer", Scorer)
     judge = build({**usual["judge"], "relevance": None}, "scorer", Scorer)
-    utility = build({**usual["utility"], "tasks": ["format", "arithmetic", "knowledge", "helpful"]}, "scorer", Scorer)
+    utility = build(
+        {**usual["utility"], "tasks": ["format", "arithmetic", "knowledge", "helpful"]}, "scorer", Scorer
+    )
     assert grid.trajectory_scorers == {"aqi": aqi, "judge": judge}
     assert grid.dev_scorers == {"judge": judge, "utility": utility, "aqi": aqi}
     node["dev_scorers"] |= {"judg": {}, "aqi": {"layer": 1}}
@@ -393,7 +395,9 @@ def test_scorers_of_a_grid_are_the_files_of_conf_scorer_but_for_what_is_said() -
 
 def test_smoke_has_every_method() -> None:
     grid = composed("experiment=smoke")["grid"]
-    assert {row["method"] for row in grid["rows"].values() if "method" in row} == set(stems("method")) - {"identity"}
+    assert {row["method"] for row in grid["rows"].values() if "method" in row} == set(stems("method")) - {
+        "identity"
+    }
 
 
 def test_every_package_that_is_read_has_its_sha256_and_no_other() -> None:
