@@ -155,7 +155,8 @@ class Layout(NamedTuple):
 
 
 SETS = {
-    name: examples_of(seed, 12, 20) for seed, name in enumerate(("alignment", "metric", "anchor", "a", "b"))
+    name: examples_of(seed, 12, 20)
+    for seed, name in enumerate(("alignment", "metric", "anchor", "a", "b", "reported"))
 }
 Family = dict[str, Layout]
 

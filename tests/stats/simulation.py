@@ -138,7 +138,8 @@ def table(trials: int) -> str:
     lines = [
         f"{trials} experiments a line; the standard error of a share of .95 is {math.sqrt(0.0475 / trials):.3f}.",
         "",
-        "| requests | things | seeds | families | true rate | interval covers | difference covers | level |",
+        "| requests | things | seeds | families | true rate | interval covers | difference covers "
+        "| level of the test |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for design in DESIGNS:

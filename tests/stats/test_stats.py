@@ -572,19 +572,25 @@ def test_min_f_of_families_is_that_of_welch() -> None:
 
 
 def test_min_f_against_clark() -> None:
-    """Clark (1973): F1 and F2 are the squared paired t over seeds and over prompts; min F' = F1 F2 / (F1 + F2)."""
+    """Clark (1973): F1 and F2 are the squared paired t over seeds and over prompts; min F' = F1 F2 / (F1 + F2).
+
+    In the degrees of freedom the variance of seeds, which is as 1 / F1, counts three times.
+    """
     from scipy.stats import f, ttest_1samp
 
-    table = np.random.default_rng(12).normal(0.2, 0.3, (4, 60)) + np.random.default_rng(13).normal(
+    table = np.random.default_rng(12).normal(0.2, 0.3, (4, 60)) + np.random.default_rng(15).normal(
         0, 0.05, (4, 1)
     )
     f1, f2 = (ttest_1samp(table.mean(axis=axis), 0).statistic ** 2 for axis in (1, 0))
-    freedom = (f1 + f2) ** 2 / (f1**2 / 59 + f2**2 / 3)
+    freedom = (f1 + 3 * f2) ** 2 / (f1**2 / 59 + (3 * f2) ** 2 / 3)
+    plain = (f1 + f2) ** 2 / (f1**2 / 59 + f2**2 / 3)
     frames = [samples("a", "x", np.zeros(60), seed=seed) for seed in range(4)]
     frames += [samples("b", "x", values, seed=seed) for seed, values in enumerate(table)]
     expected = f.sf(f1 * f2 / (f1 + f2), 1, freedom)
     # the variance over prompts comes from 1000 resamples, not from the formula
-    assert math.log(line(compared(frames))["p"]) == pytest.approx(math.log(expected), rel=0.06)
+    p = line(compared(frames))["p"]
+    assert math.log(p) == pytest.approx(math.log(expected), rel=0.06)
+    assert math.log(p) != pytest.approx(math.log(f.sf(f1 * f2 / (f1 + f2), 1, plain)), rel=0.06)
 
 
 def test_min_f_keeps_its_level_where_seeds_and_prompts_vary() -> None:

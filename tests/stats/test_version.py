@@ -10,7 +10,7 @@ import pandas as pd
 from eval import stats
 from eval.stats import comparisons, families
 
-KNOWN = {1: "d4a5183aec2bc839", 2: "36f2c2196d054b66"}
+KNOWN = {1: "d4a5183aec2bc839", 2: "36f2c2196d054b66", 3: "ea5f6f7fed1a5374"}
 """Version -> the first 16 digits of the sha256 of summary and comparisons of the samples below."""
 COLUMNS = {"refusal_rate": "up", "reasoning": "up", "helpfulness": "up", "l_geo": "down"}
 ROWS = ("base", "anchor", "expert:sums", "average", "alignmerge")
