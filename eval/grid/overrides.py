@@ -38,7 +38,9 @@ def with_corpus(arguments: Sequence[str]) -> list[str]:
     if not {"corpus", "experiment", *ALONE}.isdisjoint(chosen):
         return list(arguments)
     if "family" not in chosen and chosen.get("mode") == "score":
-        own = [] if "family.chat_template" in chosen else ["family.chat_template=null"]
+        own = {"family.chat_template=null"}  # of the folder, unless one is given
+        if "family.chat_template" in chosen:
+            own.clear()
         return [*arguments, f"family={SCORED_AS}", *own]
     files = choices(CONF / "family")
     names = set(chosen.get("family", FIRST).split(",")).intersection(files)
