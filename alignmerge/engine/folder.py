@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,18 @@ def _replace_template(folder: Path, template: str) -> None:
     if "chat_template" not in said:
         return
     stated = said.pop("chat_template")
-    named = stated if isinstance(stated, list) else []
-    for one in named:
-        place = folder / MORE_TEMPLATES / f"{Path(one['name']).name}.jinja"
-        if one["name"] != "default" and not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            place.write_text(one["template"], encoding="utf-8")
+    if isinstance(stated, list):
+        _write_named({one["name"]: one["template"] for one in stated}, folder / MORE_TEMPLATES)
     config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_named(templates: Mapping[str, str], folder: Path) -> None:
+    """Write the templates that are not the default one, unless they lie there."""
+    for name, template in templates.items():
+        place = folder / f"{Path(name).name}.jinja"
+        if name != "default" and not place.exists():
+            folder.mkdir(exist_ok=True)
+            place.write_text(template, encoding="utf-8")
 
 
 def read_json(path: Path, where: str, allowed: str) -> tuple[dict[str, Any], list[Fault]]:

@@ -63,9 +63,17 @@ def load_tokenizer(folder: Path, template: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
-        named = tokenizer.chat_template
-        tokenizer.chat_template = {**named, "default": template} if isinstance(named, dict) else template
+        named = templates_of(tokenizer)
+        tokenizer.chat_template = {**named, "default": template} if named.keys() - {"default"} else template
     return tokenizer
+
+
+def templates_of(tokenizer: Any) -> dict[str, str]:
+    """Return name -> chat template; the one without a name is the ``default``."""
+    own = tokenizer.chat_template
+    if own is None or isinstance(own, dict):
+        return dict(own or {})
+    return {"default": own}
 
 
 def is_generic(folder: Path) -> bool:

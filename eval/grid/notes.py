@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from alignmerge.engine.folder import tokenizer_digest
-from alignmerge.engine.language import load_tokenizer
+from alignmerge.engine.language import load_tokenizer, templates_of
 from alignmerge.engine.progress import OUT
 from alignmerge.engine.vocabulary import read_otherwise
 from alignmerge.zoo.zoo import Zoo
@@ -27,8 +27,7 @@ def of_tokenizers(folders: Mapping[str, Path]) -> list[str]:
         distinct.setdefault(tokenizer_digest(folder), key)
     lines = []
     for digest, key in distinct.items():
-        different = read_otherwise(folders[key]) if digest else ""
-        if different:
+        if digest and (different := read_otherwise(folders[key])):
             lines.append(
                 f"{key}: tokenizer of {folders[key]}: {different}; it is read here as it is written, "
                 "and lm-eval's own command line will give other numbers"
@@ -49,8 +48,6 @@ def of_template(folder: Path, template: str | None) -> list[str]:
     """Return a line where a family's chat template stands in for another one that a folder has of its own."""
     if template is None:
         return []
-    own = load_tokenizer(folder).chat_template
-    default = own.get("default") if isinstance(own, dict) else own
-    if default in (None, template):
+    if templates_of(load_tokenizer(folder)).get("default") in (None, template):
         return []
     return [f"family.chat_template stands in for the template of {folder}"]

@@ -39,8 +39,10 @@ def with_corpus(arguments: Sequence[str]) -> list[str]:
     if not {"corpus", "experiment", *ALONE}.isdisjoint(chosen):
         return list(arguments)
     if "family" not in chosen and chosen.get("mode") == "score":
-        own = [] if "family.chat_template" in chosen else ["family.chat_template=null"]
-        return [*arguments, f"family={SCORED_AS}", *own]
+        added = [f"family={SCORED_AS}"]
+        if "family.chat_template" not in chosen:
+            added.append("family.chat_template=null")  # the folder keeps its own
+        return [*arguments, *added]
     files = choices(CONF / "family")
     names = set(chosen.get("family", FIRST).split(",")).intersection(files)
     corpora = {yaml.safe_load(files[name].read_text()).get("corpus") for name in names} - {None}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Check = Callable[..., bool]
 _JSON_START = re.compile(r"[\[{]")
-THOUGHT = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+THOUGHT = re.compile(r"\A(?:\s*<think>.*?(?:</think>\s*|\Z)|(?:(?!<think>).)*?</think>\s*)", re.DOTALL)
 """A thought that a reply begins with; some templates open it themselves, and the reply only closes it."""
 
 
@@ -35,7 +35,7 @@ def documents(file: str, **_: object) -> datasets.DatasetDict:
 
 def without_thought(reply: str) -> str:
     """Return a reply without the thought that it begins with: ``<think>...</think>``, or all if it is not closed."""
-    return THOUGHT.sub("", reply, count=1) if THOUGHT.match(reply) else reply
+    return THOUGHT.sub("", reply)
 
 
 def first_line(replies: Sequence[Sequence[str]], _: object) -> list[list[str]]:
