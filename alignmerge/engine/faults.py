@@ -35,7 +35,9 @@ class Fault(NamedTuple):
 
 
 class BadRequest(Exception):
-    """The request or an input is wrong, with every fault found; ``run.py`` prints them and exits with 2."""
+    """The request or an input is wrong, with every fault found; ``run.py`` prints them and exits with
+    2.
+    """
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
@@ -86,7 +88,9 @@ def disk_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def writing(where: str, path: Path) -> Iterator[None]:
-    """Turn what keeps ``path`` from being written into one line: BadRequest naming ``where``, or NoRoom."""
+    """Turn what keeps ``path`` from being written into one line: BadRequest naming ``where``, or
+    NoRoom.
+    """
     try:
         yield
     except OSError as error:

@@ -51,8 +51,12 @@ def _with_path(argument: str, sweep: bool) -> str:
     expert = key.startswith(f"{EXPERTS}.")
     if not expert and key not in PATHS:
         return argument
-    values = value.split(",") if sweep else [value]
-    return f"{'++' + key if expert else given}={','.join(map(_path, values))}"
+    values = [value]
+    if sweep:
+        values = value.split(",")
+    if expert:
+        given = f"++{key}"
+    return f"{given}={','.join(map(_path, values))}"
 
 
 def _entry(entry: str) -> str:
@@ -65,4 +69,6 @@ def _entry(entry: str) -> str:
 def _path(value: str) -> str:
     if LEFT.fullmatch(value):
         return value
-    return quoted(str(Path(value).expanduser()) if value.startswith("~") else value)
+    if value.startswith("~"):
+        value = str(Path(value).expanduser())
+    return quoted(value)

@@ -22,11 +22,15 @@ class Choice(NamedTuple):
 
     mergers: Chosen
     points: pd.DataFrame | None
-    """Every setting tried: family, row, setting, selected, matched, the dev columns; None where nothing is tuned."""
+    """Every setting tried: family, row, setting, selected, matched, the dev columns; None where nothing
+    is tuned.
+    """
 
 
 def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:
-    """Select each row's setting by the one rule (``balanced``), and the matched settings, for each family."""
+    """Select each row's setting by the one rule (``balanced``), and the matched settings, for each
+    family.
+    """
     points = _points(results)
     mergers = {}
     for zoo in experiment.first_seed:
@@ -54,7 +58,9 @@ def finished_choice(experiment: Experiment) -> Choice:
 
 
 def balanced(point: Mapping[str, float]) -> float:
-    """The selection rule, equal for every method: refusals less over-refusals, plus the mean of the two utilities."""
+    """The selection rule, equal for every method: refusals less over-refusals, plus the mean of the two
+    utilities.
+    """
     utility = (point["instruction_following"] + point["reasoning"]) / 2
     return point["refusal_rate"] - point["over_refusal_rate"] + utility
 

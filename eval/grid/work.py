@@ -29,7 +29,8 @@ from eval.scorers.interface import Scorer
 SAMPLE = 300
 """Manifests that are read of a stage, at most: their names are hashes, so these are a random sample."""
 MADE_BY = {"random", "native", "recipe", "gguf"}
-"""What the recipe of a family's model has one of; the stage also keeps merges that methods start from."""
+"""What the recipe of a family's model has one of; the stage also keeps merges that methods start from.
+"""
 STATISTICS = ("bases", "fisher", "gradient", "gram", "nll")
 STAGES = dict.fromkeys(STATISTICS, "statistics") | {"models": "models", "merges": "merges", "scores": ""}
 """Stage of the store -> kind of work; scores are told apart by scorer and split."""
@@ -176,8 +177,8 @@ def _time_of(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 def times_for(times: pd.DataFrame, kinds: Iterable[str], family: str, size: int | None) -> pd.DataFrame:
     """Return the times that work of these kinds on a family of ``size`` parameters is estimated by.
 
-    They are the family's own, or else those of the family nearest in size, ``seconds`` scaled to this one's
-    in proportion. A kind of work that no time is recorded for has no row.
+    They are the family's own, or else those of the family nearest in size, ``seconds`` scaled to this
+    one's in proportion. A kind of work that no time is recorded for has no row.
     """
     found = [times[:0]]
     for kind in kinds:

@@ -211,6 +211,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["mode=plan", "store=${nope}"], ["store: Interpolation key 'nope' not found…"]),
     (["~method", "~workers", PLAN],
      ["workers: deleted; allowed: a value", f"method._target_: None; allowed: {TARGETS}"]),
+    (["merg"], ["merg: not understood; allowed: mode=merge"]),
     (["method"], ["method: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()"]),
     (["scorer=[aqi,judge", "foo=1"],
      ["scorer=[aqi,judge: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()",
