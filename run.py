@@ -99,6 +99,8 @@ def _run(arguments: Sequence[str]) -> int:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
         return interruption.tell()
+    except Exception as error:  # of a launcher, which runs before any job
+        return fail(error, Path(os.environ.get("ALIGNMERGE_STORE", "store")))
     return max(CODES, default=0)
 
 

@@ -5,7 +5,9 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import (
+    EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS,
+)  # fmt: skip
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
@@ -19,7 +21,7 @@ FULL_WORDS = ("No space left on device", "Disk quota exceeded", "os error 28")
 """What libraries say that write without Python's own files."""
 PACKAGE_OF = {"sklearn": "scikit-learn", "yaml": "PyYAML", "hydra_plugins": "hydra-submitit-launcher"}
 """Top-level module -> the package that brings it, where the names differ."""
-UNWRITABLE = (EACCES, EPERM, EROFS, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
+UNWRITABLE = (EACCES, EPERM, EROFS, ENOENT, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
 
 
 class Fault(NamedTuple):
