@@ -261,8 +261,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if folder.exists():
             raise Damaged(f"no {MANIFEST}") from None
         raise
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{MANIFEST} holds no facts")
     for part in ("facts", "recipe"):
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(part), dict):
+        if not isinstance(manifest.get(part), dict):
             raise Damaged(f"{MANIFEST} holds no {part}")
     for name, size in manifest.get("files", {}).items():
         _check_size(folder, name, size)
