@@ -15,7 +15,7 @@ PATHS = {
 """Keys whose value is a path, or null."""
 LEFT = re.compile(r"|null|'.*'|\".*\"|.*\$\{.*", re.S)
 """Values that are left as they are: nothing, quoted by the user, no plain text."""
-BETWEEN = re.compile(r",\s*(?=[\w.-]+\s*:)")
+BETWEEN = re.compile(r",\s*(?=['\"]?[\w.-]+['\"]?\s*:)")
 """Between two entries of a mapping alias -> path; a path may hold a comma."""
 
 
