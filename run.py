@@ -41,12 +41,16 @@ CODES: list[int] = []
 
 
 class JobFailed(Exception):
-    """Carries the exit code of a cluster job, which runs in a process of its own, to the one that started it."""
+    """Carries the exit code of a cluster job, which runs in a process of its own, to the one that
+    started it.
+    """
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def compose(config: DictConfig) -> None:
-    """Resolve the config and hand it on; a wrong request of one job of a sweep does not stop the others."""
+    """Resolve the config and hand it on; a wrong request of one job of a sweep does not stop the
+    others.
+    """
     from eval.grid.modes import dispatch
 
     interruption.unwind_first()
@@ -95,6 +99,8 @@ def _run(arguments: Sequence[str]) -> int:
         return refuse(composition_faults(error))
     except KeyboardInterrupt:
         return interruption.tell()
+    except Exception as error:  # of a launcher, which runs before any job
+        return fail(error, Path(os.environ.get("ALIGNMERGE_STORE", "store")))
     return max(CODES, default=0)
 
 
@@ -106,7 +112,9 @@ def refuse(faults: Iterable[Fault]) -> int:
 
 
 def fail(error: Exception, store: Path) -> int:
-    """Print one line for what is nobody's wrong request, leave the traceback in a file, return the exit code."""
+    """Print one line for what is nobody's wrong request, leave the traceback in a file, return the exit
+    code.
+    """
     text = "".join(traceback.format_exception(error))
     folder = store / "failed"
     try:

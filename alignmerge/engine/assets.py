@@ -39,7 +39,9 @@ class PackageFile(NamedTuple):
 
 
 class Assets:
-    """Resolves references; ``checksums``: ``package==version`` -> sha256 of its wheel (conf/assets.yaml)."""
+    """Resolves references; ``checksums``: ``package==version`` -> sha256 of its wheel
+    (conf/assets.yaml).
+    """
 
     def __init__(self, store: Store, checksums: Mapping[str, str]) -> None:
         self.store, self.checksums = store, dict(checksums)
@@ -47,8 +49,9 @@ class Assets:
     def path(self, reference: str, where: str) -> Path:
         """Return the local path of a reference, fetching it if it is not there yet.
 
-        Raises BadRequest, naming ``where`` (a key), if the form, the package, the network, the checksum, the
-        lock or the path in the package is at fault; NotMade if a frozen store lacks what has to be fetched.
+        Raises BadRequest, naming ``where`` (a key), if the form, the package, the network, the
+        checksum, the lock or the path in the package is at fault; NotMade if a frozen store lacks what
+        has to be fetched.
         """
         if reference.startswith("pypi:"):
             return self._package_path(reference, where)

@@ -25,9 +25,9 @@ GROUP = "group"
 def build(node: Mapping[str, Any], where: str, *kinds: type) -> Any:
     """Instantiate the frozen dataclass that a node stands for, with the keys of the node as its fields.
 
-    ``_target_`` names the class, one of ``kinds`` (none given: any dataclass of this project). A node needs
-    none if a single kind is allowed that is not abstract. Types of fields say which kinds nested nodes are.
-    Raises BadRequest with every fault found.
+    ``_target_`` names the class, one of ``kinds`` (none given: any dataclass of this project). A node
+    needs none if a single kind is allowed that is not abstract. Types of fields say which kinds nested
+    nodes are. Raises BadRequest with every fault found.
     """
     target = _target(node, where, kinds)
     hints = typing.get_type_hints(target)
@@ -72,7 +72,9 @@ def nearest(key: str, known: set[str]) -> str:
 
 
 def choices(folder: Path) -> dict[str, Path]:
-    """Return name (``tiny/llama3``) -> file of a group of configs, sorted; ``_x.yaml`` is a part of others."""
+    """Return name (``tiny/llama3``) -> file of a group of configs, sorted; ``_x.yaml`` is a part of
+    others.
+    """
     found = {}
     for path in sorted(folder.rglob("*.yaml")):
         if not path.name.startswith("_"):

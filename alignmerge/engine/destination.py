@@ -1,8 +1,10 @@
-"""Where a user wants a result (``out=``): claimed by one process, filled beside it, renamed when it is whole.
+"""Where a user wants a result (``out=``): claimed by one process, filled beside it, renamed when it is
+whole.
 
-With locks, a second process that names a claimed destination is refused before it works. Without them (some shared
-file systems) both work, each under a name of its own, and the second to finish is refused: nothing is overwritten
-or mixed. What a killed process left beside the destination is removed by the next one that claims it.
+With locks, a second process that names a claimed destination is refused before it works. Without them
+(some shared file systems) both work, each under a name of its own, and the second to finish is refused:
+nothing is overwritten or mixed. What a killed process left beside the destination is removed by the
+next one that claims it.
 """
 
 import glob
@@ -27,8 +29,8 @@ TOKEN = 4
 def free_path(path: Path, where: str, *, outside: Path) -> Path:
     """Return a path that can be claimed.
 
-    Raises BadRequest, naming ``where``, if something is there (a dangling link too), if it lies in ``outside`` (the
-    store), or if no folder can be there.
+    Raises BadRequest, naming ``where``, if something is there (a dangling link too), if it lies in
+    ``outside`` (the store), or if no folder can be there.
     """
     if os.path.lexists(path):
         raise BadRequest.of(where, f"{path} exists", ALLOWED)
@@ -52,11 +54,13 @@ def check_room(path: Path, where: str, needed: int) -> None:
 
 @contextmanager
 def claimed(path: Path, where: str, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside ``path``; what is put there under ``path.name`` gets the final name at the end.
+    """Yield a new folder beside ``path``; what is put there under ``path.name`` gets the final name at
+    the end.
 
-    That may be a file or a folder; it is flushed to the disk first. Raises BadRequest if another process
-    holds the destination or was first, NoRoom if its disk is full. On any error nothing is left.
-    ``replace``: put it in the place of a folder that may be there, after whoever else does the same.
+    That may be a file or a folder; it is flushed to the disk first. Raises BadRequest if another
+    process holds the destination or was first, NoRoom if its disk is full. On any error nothing is
+    left. ``replace``: put it in the place of a folder that may be there, after whoever else does the
+    same.
     """
     with writing(where, path):
         made = _make_parents(path)
@@ -79,7 +83,9 @@ def _held(lock: FileLock, holder: Path, path: Path, where: str, *, wait: bool) -
         with writing(where, path):
             lock.acquire(blocking=wait)
     except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
+        who = "another process"
+        if holder.is_file():
+            who = holder.read_text()
         given = f"{path} is being written by {who}"
         raise BadRequest.of(where, given, "another path, or this one when that is done") from None
     try:
@@ -115,7 +121,9 @@ def _staging(path: Path, where: str) -> Iterator[Path]:
 
 
 def _publish(made: Path, path: Path, where: str) -> None:
-    """Rename without writing over anything: a folder cannot replace one with files, a link cannot replace a file."""
+    """Rename without writing over anything: a folder cannot replace one with files, a link cannot
+    replace a file.
+    """
     taken = BadRequest.of(where, f"{path} exists: another process was first", ALLOWED)
     if os.path.lexists(path):
         raise taken

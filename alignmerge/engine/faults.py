@@ -5,7 +5,20 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import (
+    EACCES,
+    EDQUOT,
+    EEXIST,
+    EFBIG,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENOENT,
+    ENOSPC,
+    ENOTDIR,
+    EPERM,
+    EROFS,
+)
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
@@ -19,7 +32,7 @@ FULL_WORDS = ("No space left on device", "Disk quota exceeded", "os error 28")
 """What libraries say that write without Python's own files."""
 PACKAGE_OF = {"sklearn": "scikit-learn", "yaml": "PyYAML", "hydra_plugins": "hydra-submitit-launcher"}
 """Top-level module -> the package that brings it, where the names differ."""
-UNWRITABLE = (EACCES, EPERM, EROFS, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
+UNWRITABLE = (EACCES, EPERM, EROFS, ENOENT, ENOTDIR, EEXIST, EISDIR, ELOOP, ENAMETOOLONG)
 
 
 class Fault(NamedTuple):
@@ -35,7 +48,9 @@ class Fault(NamedTuple):
 
 
 class BadRequest(Exception):
-    """The request or an input is wrong, with every fault found; ``run.py`` prints them and exits with 2."""
+    """The request or an input is wrong, with every fault found; ``run.py`` prints them and exits with
+    2.
+    """
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
@@ -86,7 +101,9 @@ def disk_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def writing(where: str, path: Path) -> Iterator[None]:
-    """Turn what keeps ``path`` from being written into one line: BadRequest naming ``where``, or NoRoom."""
+    """Turn what keeps ``path`` from being written into one line: BadRequest naming ``where``, or
+    NoRoom.
+    """
     try:
         yield
     except OSError as error:

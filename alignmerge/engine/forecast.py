@@ -35,10 +35,11 @@ class Stage:
 class Forecast:
     """Counts the tasks of a run and tells the time left; may be called by several threads.
 
-    ``recorded``: whether the stages' expected seconds were measured by earlier runs. If not, the pace is this
-    run's own. What one kind of work has shown tells half of another's (the square root of its pace): a busy
-    machine slows both, but an expectation that was wrong for one says nothing about the other. ``after``:
-    seconds of what follows the last task. All times are those of one clock, in seconds.
+    ``recorded``: whether the stages' expected seconds were measured by earlier runs. If not, the pace
+    is this run's own. What one kind of work has shown tells half of another's (the square root of its
+    pace): a busy machine slows both, but an expectation that was wrong for one says nothing about the
+    other. ``after``: seconds of what follows the last task. All times are those of one clock, in
+    seconds.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Forecast:
                 return None
             seconds = self.after * math.sqrt(whole)
             for stage in self.stages.values():
-                own = self._pace([measured[stage.kind]]) if stage.kind in measured else None
-                seconds += self._rest_of(stage, own or math.sqrt(whole))
+                pace = math.sqrt(whole)
+                if stage.kind in measured:
+                    pace = self._pace([measured[stage.kind]]) or pace
+                seconds += self._rest_of(stage, pace)
             return seconds
 
     def _rest_of(self, stage: Stage, pace: float) -> float:
@@ -120,7 +123,9 @@ class Forecast:
         return f"{where}whole run {self.done}/{self.total}; {spelt(now - self.started)} gone, left: {rest}"
 
     def _measured(self, now: float) -> dict[str, tuple[float, float]]:
-        """Return kind of work -> the seconds that this run has taken for some of it, and those expected."""
+        """Return kind of work -> the seconds that this run has taken for some of it, and those
+        expected.
+        """
         found: dict[str, tuple[float, float]] = {}
         for stage in self.stages.values():
             taken, expected = stage.seconds, stage.expected * stage.done
@@ -141,7 +146,9 @@ class Forecast:
         expected = sum(one for _, one in known)
         if self.recorded:
             return (PRIOR_SECONDS + taken) / (PRIOR_SECONDS + expected)
-        return taken / expected if taken >= LEAST_SECONDS else None
+        if taken < LEAST_SECONDS:
+            return None
+        return taken / expected
 
 
 def spelt(seconds: float) -> str:

@@ -87,10 +87,11 @@ def local_folder(reference: Reference, where: str) -> Path | None:
 
 
 def snapshot_in(folder: Path, where: str) -> Path:
-    """Return the snapshot in a repository of the Hub client's cache (``models--org--name``), any other path as it is.
+    """Return the snapshot in a repository of the Hub client's cache (``models--org--name``), any other
+    path as it is.
 
-    That is the one that ``refs/main`` names, or else the only one. Raises BadRequest, naming ``where``, if there are
-    several or none.
+    That is the one that ``refs/main`` names, or else the only one. Raises BadRequest, naming ``where``,
+    if there are several or none.
     """
     if not (folder / "snapshots").is_dir() or (folder / CONFIG).exists():
         return folder
@@ -109,8 +110,8 @@ def snapshot_in(folder: Path, where: str) -> Path:
 def fetch(reference: Reference, where: str, locks: Path) -> Path:
     """Return the folder of a reference, downloading it if it is not in the cache, and lock its commit.
 
-    ``locks`` is a folder for lock files: of two processes, the second waits for the first. Raises BadRequest,
-    naming ``where``, with what to do: no network, no access, no such revision, ...
+    ``locks`` is a folder for lock files: of two processes, the second waits for the first. Raises
+    BadRequest, naming ``where``, with what to do: no network, no access, no such revision, ...
     """
     if commit_of(reference, where) is not None and (found := local_folder(reference, where)):
         return found

@@ -25,7 +25,8 @@ def end_at_once() -> None:
 
 
 def unwind_first() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, and end the process after ``GRACE_SECONDS``, where ``end_at_once`` stood.
+    """Let Ctrl-C raise KeyboardInterrupt, and end the process after ``GRACE_SECONDS``, where
+    ``end_at_once`` stood.
 
     Python itself hears of a signal only when the call that it is in returns: a factorisation may take
     minutes. The system writes each signal's number into a pipe at once, where a thread waits for it.
@@ -47,7 +48,8 @@ def tell() -> int:
 
 
 def leave() -> NoReturn:
-    """End an interrupted process with what others registered for its end, but without taking its modules apart.
+    """End an interrupted process with what others registered for its end, but without taking its
+    modules apart.
 
     That alone takes seconds on a busy machine.
     """
@@ -57,7 +59,8 @@ def leave() -> NoReturn:
 
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Let processes that start meanwhile ignore Ctrl-C from their first moment: they inherit what is ignored.
+    """Let processes that start meanwhile ignore Ctrl-C from their first moment: they inherit what is
+    ignored.
 
     A terminal sends it to the whole group; the first process then ends the others.
     """

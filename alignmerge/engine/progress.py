@@ -39,7 +39,9 @@ def connect(queue: Any) -> None:
 
 
 class Board:
-    """Shows what is under way and, with a forecast, how far the whole is; a context manager of the main process."""
+    """Shows what is under way and, with a forecast, how far the whole is; a context manager of the main
+    process.
+    """
 
     def __init__(self, forecast: Forecast | None = None) -> None:
         self.queue: Any = multiprocessing.get_context("spawn").Queue()

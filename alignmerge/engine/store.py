@@ -1,4 +1,6 @@
-"""The content-addressed store: recipe -> key -> artifact. Resume, cache and provenance are this one idea."""
+"""The content-addressed store: recipe -> key -> artifact. Resume, cache and provenance are this one
+idea.
+"""
 
 import fcntl
 import hashlib
@@ -22,6 +24,8 @@ from alignmerge.engine.manifest import provenance
 Make = Callable[[Path], Mapping[str, Any] | None]
 """Fills a folder and returns facts about it, if there are any."""
 MANIFEST = "manifest.json"
+HEALED = {True: "the next run makes it again", False: "it is made again"}
+"""Whether the store is frozen -> what becomes of a damaged artifact."""
 FORMAT = 3
 """Part of every key: raise it when the meaning of a stage changes."""
 
@@ -50,10 +54,11 @@ class Damaged(ValueError):
 class Store:
     """A folder of artifacts, each under ``<stage>/<key>``; a folder with its final name is complete.
 
-    It is filled under a name of its own and then renamed, its manifest written last. Locks keep two processes
-    from making it twice. Where a file system has no locks, both make it, one rename wins and the other is thrown
-    away; a process may also lose what it was making to another one's sweep, and then says so. Nothing is partial.
-    The manifest records the size of every file: what a power failure or a full disk cut off is found and made again.
+    It is filled under a name of its own and then renamed, its manifest written last. Locks keep two
+    processes from making it twice. Where a file system has no locks, both make it, one rename wins and
+    the other is thrown away; a process may also lose what it was making to another one's sweep, and
+    then says so. Nothing is partial. The manifest records the size of every file: what a power failure
+    or a full disk cut off is found and made again.
     """
 
     def __init__(self, root: Path, *, frozen: bool = False) -> None:
@@ -71,7 +76,8 @@ class Store:
         return self.root / stage / self.key(stage, recipe)
 
     def find(self, stage: str, recipe: Mapping[str, Any]) -> Artifact | None:
-        """Return the finished artifact of a recipe, or None; a damaged one is named on stderr and counts as missing.
+        """Return the finished artifact of a recipe, or None; a damaged one is named on stderr and
+        counts as missing.
 
         Raises BadRequest if the store cannot be read.
         """
@@ -88,10 +94,11 @@ class Store:
             raise BadRequest.of("store", given, "a folder that this user may read") from None
 
     def obtain(self, stage: str, recipe: Mapping[str, Any], make: Make) -> Artifact:
-        """Return the artifact of a recipe; unless it exists, ``make`` makes it (a frozen store raises NotMade).
+        """Return the artifact of a recipe; unless it exists, ``make`` makes it (a frozen store raises
+        NotMade).
 
-        Two processes that ask for the same artifact make it once: the second waits for the first. Raises
-        BadRequest if the store cannot be written, NoRoom if its disk is full.
+        Two processes that ask for the same artifact make it once: the second waits for the first.
+        Raises BadRequest if the store cannot be written, NoRoom if its disk is full.
         """
         if found := self.find(stage, recipe):
             return found
@@ -143,8 +150,7 @@ class Store:
         """Say once that an artifact is damaged, and what becomes of it."""
         if path not in self._named:
             self._named.add(path)
-            healed = "the next run makes it again" if self.frozen else "it is made again"
-            print(f"damaged: {path}: {error}; {healed}", file=sys.stderr)
+            print(f"damaged: {path}: {error}; {HEALED[self.frozen]}", file=sys.stderr)
 
     def _aside(self, path: Path) -> Path:
         """Return a name, used once, for a folder that is not finished or no longer wanted."""
@@ -169,7 +175,9 @@ class Store:
 
     @contextmanager
     def held(self, stage: str, recipe: Mapping[str, Any]) -> Iterator[None]:
-        """Keep an artifact from being dropped for a while, whichever process wants to; many may hold it at once."""
+        """Keep an artifact from being dropped for a while, whichever process wants to; many may hold it
+        at once.
+        """
         with self._hold_file(stage, self.key(stage, recipe)) as file:
             with suppress(OSError):  # a file system without locks: then ``drop`` deletes nothing
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -216,9 +224,11 @@ class Store:
             return path.open("w")
 
     def _sweep(self, mine: str) -> None:
-        """Remove what killed processes left half-made: their locks are free, or, as that of ``mine``, held here."""
+        """Remove what killed processes left half-made: their locks are free, or, as that of ``mine``,
+        held here.
+        """
         staging = self.root / ".staging"
-        for folder in staging.iterdir() if staging.is_dir() else ():
+        for folder in staging.glob("*"):  # of which there are none in a new store
             name = folder.name.partition(".")[0]
             if name == mine:
                 _discard(folder)
@@ -228,7 +238,9 @@ class Store:
 
 
 def _discard(folder: Path) -> None:
-    """Delete what nobody wants, out of sight first: a maker that lives after all fails instead of publishing a half."""
+    """Delete what nobody wants, out of sight first: a maker that lives after all fails instead of
+    publishing a half.
+    """
     gone = folder.with_name(f"{folder.name}.swept")
     with suppress(FileNotFoundError):
         folder.rename(gone)
@@ -236,7 +248,8 @@ def _discard(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of an artifact whose files have their recorded sizes (nothing of them is read).
+    """Return the manifest of an artifact whose files have their recorded sizes (nothing of them is
+    read).
 
     Raises FileNotFoundError if there is no such folder, Damaged if it is not what was made.
     """
@@ -248,9 +261,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if folder.exists():
             raise Damaged(f"no {MANIFEST}") from None
         raise
-    told = manifest if isinstance(manifest, dict) else {}
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{MANIFEST} holds no facts")
     for part in ("facts", "recipe"):
-        if not isinstance(told.get(part), dict):
+        if not isinstance(manifest.get(part), dict):
             raise Damaged(f"{MANIFEST} holds no {part}")
     for name, size in manifest.get("files", {}).items():
         _check_size(folder, name, size)

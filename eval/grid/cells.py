@@ -1,4 +1,6 @@
-"""One cell of a grid: a model (or a merge) measured by scorers on one split; made in worker processes, read back."""
+"""One cell of a grid: a model (or a merge) measured by scorers on one split; made in worker processes,
+read back.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Cell(NamedTuple):
     split: str
     scorers: Sequence[Scorer]
     model: str | None = None
-    """``base``, ``anchor``, ``anchor@<step>``, ``pretrained`` or ``experts.<alias>``; None for a merge."""
+    """``base``, ``anchor``, ``anchor@<step>``, ``pretrained`` or ``experts.<alias>``; None for a merge.
+    """
     merger: Merger | None = None
 
     @property
@@ -109,7 +112,9 @@ def prepare(zoo: Zoo, key: str, reporter: Reporter) -> None:
 
 
 def measure(cell: Cell, reporter: Reporter) -> None:
-    """Make everything that a cell needs; a failure leaves its traceback in the store and is raised again."""
+    """Make everything that a cell needs; a failure leaves its traceback in the store and is raised
+    again.
+    """
     store = cell.zoo.store
     try:
         with threads(cell.zoo.family.threads):
@@ -158,7 +163,9 @@ class CellResult:
 
     @property
     def values(self) -> pd.DataFrame:
-        """The columns ``column`` and ``value`` of the samples: all that means need, in a fifth of the time."""
+        """The columns ``column`` and ``value`` of the samples: all that means need, in a fifth of the
+        time.
+        """
         tables = []
         for artifact in self.scores.values():
             file = ParquetFile(artifact.path / "samples.parquet")
@@ -168,7 +175,8 @@ class CellResult:
 
 
 def read(frozen: Zoo, models: Models, cell: Cell) -> CellResult:
-    """Return a finished cell from a frozen zoo and its opened models, without making or loading anything.
+    """Return a finished cell from a frozen zoo and its opened models, without making or loading
+    anything.
 
     Raises:
         NotMade: if a part of it is missing.

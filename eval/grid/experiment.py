@@ -109,7 +109,9 @@ class Experiment:
 
     def gate_cells(self) -> list[Cell]:
         """Return the dev cells that the gates look at."""
-        cells = self.identity_cells("dev", self._dev_scorers) if self.grid.gates else []
+        cells: list[Cell] = []
+        if self.grid.gates:
+            cells += self.identity_cells("dev", self._dev_scorers)
         wanted = {row for gate in self.grid.gates.values() for row in (gate.row, gate.minus)}
         for name, row in self.grid.rows.items():
             if name in wanted and row.method and not row.settings:
@@ -185,7 +187,9 @@ class Experiment:
         return []
 
     def model_stages(self) -> Iterator[tuple[str, list[tuple[Zoo, str]]]]:
-        """Yield the name of each stage of making models, and its models; what all seeds share stands there once."""
+        """Yield the name of each stage of making models, and its models; what all seeds share stands
+        there once.
+        """
         for stage in zip_longest(*(zoo.stages() for zoo in self.zoos), fillvalue=()):
             models: dict[Any, tuple[Zoo, str]] = {}
             for zoo, keys in zip(self.zoos, stage, strict=True):
@@ -251,7 +255,9 @@ class Experiment:
 
 
 def _seed_of(zoo: Zoo, key: str) -> int:
-    """Return the seed that a model is one of, 0 for one of all seeds; a base brings each seed's lessons with it."""
+    """Return the seed that a model is one of, 0 for one of all seeds; a base brings each seed's lessons
+    with it.
+    """
     recipe = zoo.family.recipe_of(key)
     shared = key != "base" and not getattr(recipe, "seeded", recipe is not None)
     return 0 if shared else zoo.seed

@@ -24,7 +24,8 @@ def folder_of_run(results: Path, name: str) -> Path:
     """Return the folder that a run writes, and may replace.
 
     Raises:
-        BadRequest: if it would lie outside ``results`` or among the committed results, or if it exists and
+        BadRequest: if it would lie outside ``results`` or among the committed results, or if it exists
+        and
             holds something else than results.
     """
     if name in ("", REFERENCE) or "/" in name or name.startswith("."):
@@ -84,7 +85,9 @@ def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> N
 
 
 def word_of(name: str) -> str:
-    """Return the word that chooses an experiment on the command line: ``ablation/tiny`` for ``ablation-tiny``."""
+    """Return the word that chooses an experiment on the command line: ``ablation/tiny`` for
+    ``ablation-tiny``.
+    """
     for word in choices(ROOT / "conf" / "experiment"):
         if word.replace("/", "-") == name:
             return word

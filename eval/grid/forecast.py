@@ -15,13 +15,16 @@ from eval.grid.experiment import STAGES, Experiment
 from eval.grid.work import SCORES, likely_choice, recorded
 
 STEP_SECONDS = 0.04
-"""Of a training step where no training is recorded. This and the next four are those of the tiny families."""
+"""Of a training step where no training is recorded. This and the next four are those of the tiny
+families.
+"""
 MODEL_SECONDS = 2.0
 """Of all else that making a model takes."""
 PART_SECONDS = 0.15
 """Of one scorer on one model, where none is recorded."""
 MERGE_SECONDS = 0.4
-"""Of merging, writing and loading a model; what a merge's record says is only how long its making took."""
+"""Of merging, writing and loading a model; what a merge's record says is only how long its making took.
+"""
 REPORT_SECONDS = 15.0
 TRAINING, MEASURING = "training", "measuring"
 """Kinds of work."""

@@ -245,4 +245,4 @@ def _end(failures: list[Failure]) -> int:
     for failure in failures:
         if not isinstance(failure.error, NoRoom):
             print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
-    return 1 if failures else 0
+    return int(bool(failures))

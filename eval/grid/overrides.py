@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 
@@ -33,7 +34,8 @@ NOT_THERE = re.compile(r"Could not (?:override|delete from config\.) '(?P<key>[^
 def with_corpus(arguments: Sequence[str]) -> list[str]:
     """Add the corpus that the chosen families are made from, and how it is measured, if none is chosen.
 
-    A folder that is scored stands by itself: on real prompts, with the settings of a family that has them.
+    A folder that is scored stands by itself: on real prompts, with the settings of a family that has
+    them.
     """
     chosen = dict(map(_split, arguments))
     if not {"corpus", "experiment", *ALONE}.isdisjoint(chosen):
@@ -125,7 +127,9 @@ def _not_there(key: str, value: str, config: DictConfig) -> Fault:
     node = OmegaConf.select(config, parent)
     if parent == "grid" and node is None:
         return Fault(key, "there is no grid", "an experiment beside it, e.g. experiment=tiny")
-    known = set(map(str, node)) if isinstance(node, DictConfig) else set()
+    known: set[str] = set()
+    if isinstance(node, DictConfig):
+        known.update(map(str, node))
     if name in known:
         return Fault(key, value, f"a value such as {node[name]}")
     return Fault(key, "unknown key", nearest(name, known) or "a key that `run.py --cfg job` shows")
@@ -133,8 +137,9 @@ def _not_there(key: str, value: str, config: DictConfig) -> Fault:
 
 def _readable(guilty: str, value: str) -> str:
     """Return what could stand for an override that Hydra cannot read."""
-    if guilty in MODES:
-        return f"mode={guilty}"
+    meant = difflib.get_close_matches(guilty, MODES, 1)
+    if meant:
+        return f"mode={meant[0]}"
     key = guilty.partition("=")[0]
     try:
         OverridesParser.create().parse_override(f"{key}={quoted(value)}")
@@ -149,7 +154,9 @@ def _no_choice(error: MissingConfigException, key: str) -> Fault:
     missing = str(error.missing_cfg_file)
     if "submitit" in missing:  # a group that its package brings
         return missing_package(ModuleNotFoundError(name="hydra_plugins")).faults[0]
-    group = key if missing.startswith(f"{key}/") else missing.rpartition("/")[0]
+    group = missing.rpartition("/")[0]
+    if missing.startswith(f"{key}/"):
+        group = key
     name = missing.removeprefix(f"{group}/")
     known = {*choices(CONF / group), *(error.options or ())}
     return Fault(group or "config", f"no such choice: {name}", nearest(name, known))

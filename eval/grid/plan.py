@@ -34,7 +34,8 @@ def print_plan(experiment: Experiment, out: Console, workers: int) -> None:
     """Print models, disk, memory and hours of every family of a grid; nothing is made or loaded.
 
     Raises:
-        BadRequest: with the conflicts of all families between the models that are at hand and, where the
+        BadRequest: with the conflicts of all families between the models that are at hand and, where
+        the
             Hub is switched on, with every model that it would refuse.
     """
     jobs = work.jobs_of(experiment)
@@ -95,7 +96,8 @@ def _refusals(zoo: Zoo, folders: Mapping[str, Path]) -> list[Fault]:
 def needs_of(jobs: Sequence[Job], tensors: Tensors, folders: Iterable[str]) -> tuple[list[int], list[int]]:
     """Return the bytes that a family needs, by the purposes of ``DISK`` and the stages of ``MEMORY``.
 
-    ``jobs`` are the family's, one for each seed; the models under the keys ``folders`` need not be fetched.
+    ``jobs`` are the family's, one for each seed; the models under the keys ``folders`` need not be
+    fetched.
     """
     family = jobs[0].zoo.family
     fetched = made = kept = seeds = 0

@@ -19,7 +19,7 @@ BY_THE_USER = re.compile(r"|null|'.*'|\".*\"", re.S)
 """Texts that are left as they are: nothing, or quoted already."""
 LEFT = re.compile(r"|null|'.*'|\".*\"|.*\$\{.*", re.S)
 """Values that are left as they are: nothing, quoted by the user, no plain text."""
-BETWEEN = re.compile(r",\s*(?=[\w.-]+\s*:)")
+BETWEEN = re.compile(r",\s*(?=['\"]?[\w.-]+['\"]?\s*:)")
 """Between two entries of a mapping alias -> path; a path may hold a comma."""
 
 
@@ -57,8 +57,12 @@ def _with_path(argument: str, sweep: bool) -> str:
     expert = key.startswith(f"{EXPERTS}.")
     if not expert and key not in PATHS:
         return argument
-    values = value.split(",") if sweep else [value]
-    return f"{'++' + key if expert else given}={','.join(map(_path, values))}"
+    values = [value]
+    if sweep:
+        values = value.split(",")
+    if expert:
+        given = f"++{key}"
+    return f"{given}={','.join(map(_path, values))}"
 
 
 def _entry(entry: str) -> str:
@@ -71,4 +75,6 @@ def _entry(entry: str) -> str:
 def _path(value: str) -> str:
     if LEFT.fullmatch(value):
         return value
-    return quoted(str(Path(value).expanduser()) if value.startswith("~") else value)
+    if value.startswith("~"):
+        value = str(Path(value).expanduser())
+    return quoted(value)

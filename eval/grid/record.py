@@ -1,4 +1,6 @@
-"""What the manifest of an experiment records: what made its numbers, and the digests behind each of them."""
+"""What the manifest of an experiment records: what made its numbers, and the digests behind each of
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ Place = tuple[str, int]
 
 
 def of_making(scorers: Iterable[Scorer], mergers: Iterable[Merger]) -> dict[str, Any]:
-    """Return what made the numbers: versions of statistics, scorers, methods and packages, the machine, the commit."""
+    """Return what made the numbers: versions of statistics, scorers, methods and packages, the machine,
+    the commit.
+    """
     return {
         "statistics": stats.VERSION,
         "scorers": {scorer.name: of_scorer(scorer) for scorer in scorers},
@@ -93,7 +97,9 @@ def of_gates(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
 
 def digest_of(samples: pd.DataFrame) -> str:
-    """Return the sha256 of samples: every column and line, values bit by bit, whatever file they lie in."""
+    """Return the sha256 of samples: every column and line, values bit by bit, whatever file they lie
+    in.
+    """
     sha = hashlib.sha256()
     for name in samples.columns:
         column = samples[name]
@@ -108,7 +114,9 @@ def digest_of(samples: pd.DataFrame) -> str:
 
 
 def means_of(samples: pd.DataFrame) -> dict[str, float]:
-    """Return column -> mean over its scored samples, to six digits; columns by layer or without any are left out."""
+    """Return column -> mean over its scored samples, to six digits; columns by layer or without any are
+    left out.
+    """
     drawn, by_layer = samples["id"].str.startswith(BOOTSTRAP), samples["column"].str.endswith(BY_LAYER)
     means = samples[~drawn & ~by_layer].groupby("column")["value"].mean().dropna()
     rounded: dict[Any, float] = means.map("{:.6g}".format).astype(float).to_dict()

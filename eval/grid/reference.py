@@ -29,11 +29,14 @@ NAMED = 3
 
 
 def commit_results(experiment: Experiment, results: Path) -> Path:
-    """Copy an experiment's results to ``<results>/reference``, refresh the README's block, return the folder.
+    """Copy an experiment's results to ``<results>/reference``, refresh the README's block, return the
+    folder.
 
     Raises:
-        BadRequest: with everything that speaks against it: results of uncommitted code or of other kernels than
-            the fixed ones, of other settings or older statistics than the code's, rows or gates that are missing.
+        BadRequest: with everything that speaks against it: results of uncommitted code or of other
+        kernels than
+            the fixed ones, of other settings or older statistics than the code's, rows or gates that
+            are missing.
     """
     name = experiment.grid.name
     source = folder_of_run(results, name)
@@ -75,7 +78,9 @@ def _outdated(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault
 
 
 def _incomplete(manifest: Mapping[str, Any], experiment: Experiment) -> list[Fault]:
-    """Return which rows, scores and gates the results lack, and which rows stand at settings that nobody tries."""
+    """Return which rows, scores and gates the results lack, and which rows stand at settings that
+    nobody tries.
+    """
     missing = [*_missing_rows(manifest, experiment), *_missing_gates(manifest, experiment)]
     told = missing[:NAMED]
     if len(missing) > NAMED:

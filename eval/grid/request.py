@@ -57,7 +57,7 @@ def check_parts(config: Config) -> None:
 def _check_keys(config: Config) -> None:
     """Refuse what was added with ``+`` beside the keys that there are."""
     usual = yaml.safe_load((CONF / "config.yaml").read_text())
-    plain = {key for key, value in usual.items() if not isinstance(value, (dict, list))}  # no node of Hydra's
+    plain = {key for key, value in usual.items() if not isinstance(value, (dict, list))}  # not Hydra's
     known = plain.union(GROUPS) - {"experiment"}  # which leaves its parts
     refuse([Fault(key, "unknown key", nearest(key, known)) for key in sorted(set(config) - known)])
 
@@ -69,7 +69,9 @@ def _check_places(config: Config) -> None:
         place = config.get(key)
         if not isinstance(place, str):
             continue  # said elsewhere, as is an ``out`` that exists
-        above = [*Path(place).parents] if key == "out" else [Path(place), *Path(place).parents]
+        above = [*Path(place).parents]
+        if key != "out":
+            above.append(Path(place))
         files = list(filter(Path.is_file, above))
         faults += [Fault(key, f"{path} is a file", "a folder, which may be new") for path in files]
     refuse(faults)

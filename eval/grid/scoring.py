@@ -35,7 +35,9 @@ def score_folder(*, zoo: Zoo, model: Checkpoint, scorers: Sequence[Scorer], out:
         free_path(folder, "out", outside=zoo.store.root)
     with claimed(out, "out") as staging:
         model.known_as(zoo.digest_of(model.folder, "model")).speaking(zoo.family.chat_template)
-        models = zoo.models() if any(scorer.relative for scorer in scorers) else None
+        models = None
+        if any(scorer.relative for scorer in scorers):
+            models = zoo.models()
         subject = StoreSubject(zoo, model.folder, identity_of(model), "test", models)
         note([*of_tokenizers({"model": model.folder}), *of_template(model.folder, zoo.family.chat_template)])
         means = _means(_samples(subject, scorers))
@@ -71,7 +73,9 @@ def _table(title: str, means: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _means(samples: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return column -> its mean over the scored samples, how many these are, and how many others there are."""
+    """Return column -> its mean over the scored samples, how many these are, and how many others there
+    are.
+    """
     means = {}
     scored = samples[~samples["id"].str.startswith(BOOTSTRAP)]
     for column, values in scored.groupby("column")["value"]:
@@ -91,7 +95,9 @@ def _write(out: Path, subject: StoreSubject, means: Mapping[str, Mapping[str, fl
 
 
 def _tasks_of(scorers: Sequence[Scorer]) -> list[str]:
-    """Return the tasks that lm-eval measures: they are written as a folder that its own command line reads."""
+    """Return the tasks that lm-eval measures: they are written as a folder that its own command line
+    reads.
+    """
     names: list[str] = []
     for scorer in scorers:
         if isinstance(scorer, Utility):

@@ -1,4 +1,6 @@
-"""What ``run.py --help`` says, read off the files of conf: composing a config for it would take a second."""
+"""What ``run.py --help`` says, read off the files of conf: composing a config for it would take a
+second.
+"""
 
 from __future__ import annotations
 

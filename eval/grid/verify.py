@@ -26,8 +26,10 @@ from eval.grid.workers import Failure, Workers
 from eval.scorers.interface import Scorer
 
 TOLERANCE = 0.05
-"""Share by which a mean may differ that has no interval in the committed ``summary.csv``; others may differ by half
-the width of theirs. It holds only where bits cannot be equal: another machine class, or passes not in float32."""
+"""Share by which a mean may differ that has no interval in the committed ``summary.csv``; others may
+differ by half the width of theirs. It holds only where bits cannot be equal: another machine class, or
+passes not in float32.
+"""
 ROUNDING = 1e-6
 """By so much any of these may differ: what is 0 but for rounding has no share to differ by."""
 NAMED = 5
@@ -126,7 +128,9 @@ class Verification:
         return zoo.family.dtype == "float32" and self.manifest["machine"] == machine_class()
 
     def _compared(self, zoo: Zoo, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Outcome]:
-        """Yield the outcomes of one family with one seed: models, then the merge and the scores of each row."""
+        """Yield the outcomes of one family with one seed: models, then the merge and the scores of each
+        row.
+        """
         name = f"{zoo.family.name} seed {zoo.seed}"
         scores = {row: list(self._scores(zoo, row, there, here)) for row in there["rows"]}
         for alias, digest in there["models"].items():
@@ -185,7 +189,9 @@ class Verification:
         return drifts
 
     def _allowed(self, family: str, row: str, column: str, value: float) -> float:
-        """Return by how much a mean may differ: half the width of its committed interval, else a share of it."""
+        """Return by how much a mean may differ: half the width of its committed interval, else a share
+        of it.
+        """
         allowed = TOLERANCE * abs(value)
         for place in ((family, row.partition("@")[0], column), (family, row, column)):
             if place in self._widths:

@@ -176,8 +176,8 @@ def _time_of(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 def times_for(times: pd.DataFrame, kinds: Iterable[str], family: str, size: int | None) -> pd.DataFrame:
     """Return the times that work of these kinds on a family of ``size`` parameters is estimated by.
 
-    They are the family's own, or else those of the family nearest in size, ``seconds`` scaled to this one's
-    in proportion. A kind of work that no time is recorded for has no row.
+    They are the family's own, or else those of the family nearest in size, ``seconds`` scaled to this
+    one's in proportion. A kind of work that no time is recorded for has no row.
     """
     found = [times[:0]]
     for kind in kinds:

@@ -1,4 +1,6 @@
-"""Worker processes for the work of a grid: started when first needed, with progress, none the worse for a failure."""
+"""Worker processes for the work of a grid: started when first needed, with progress, none the worse for
+a failure.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ Job = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
 class Workers:
-    """A context manager of the main process; its processes stay up from one stage of a grid to the next."""
+    """A context manager of the main process; its processes stay up from one stage of a grid to the
+    next.
+    """
 
     def __init__(self, count: int, forecast: Forecast | None = None) -> None:
         self.count = count
@@ -106,7 +110,8 @@ def work(function: Callable[..., None], *arguments: Any) -> None:
 def give_memory_back() -> None:
     """Return freed memory to the system.
 
-    The C allocator would keep it in holes between what is still in use: 4 of a worker's 8 GB after some thirty merges.
+    The C allocator would keep it in holes between what is still in use: 4 of a worker's 8 GB after some
+    thirty merges.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
     if trim is not None:
@@ -114,7 +119,9 @@ def give_memory_back() -> None:
 
 
 def start_worker(progress: Any) -> None:
-    """Prepare a worker process: no hub, no tokenizer threads, a line to the board, no life after its parent's."""
+    """Prepare a worker process: no hub, no tokenizer threads, a line to the board, no life after its
+    parent's.
+    """
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     connect(progress)
     end_with_parent()

@@ -389,6 +389,14 @@ def test_a_store_that_is_a_file_is_one_line(tmp_path: Path) -> None:
             Store(tmp_path / "store", frozen=frozen).obtain("scores", RECIPE, make_text)
 
 
+def test_a_store_where_no_folder_can_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest) as caught:
+        Store(Path("/proc/x")).obtain("scores", RECIPE, make_text)
+    assert str(caught.value).startswith(
+        "store: /proc/x cannot be written (No such file or directory); allowed: a"
+    )
+
+
 def test_a_moved_store_is_the_same_store(tmp_path: Path) -> None:
     made = Store(tmp_path / "one").obtain("scores", RECIPE, make_text)
     (tmp_path / "one").rename(tmp_path / "a b")

@@ -211,6 +211,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["mode=plan", "store=${nope}"], ["store: Interpolation key 'nope' not found…"]),
     (["~method", "~workers", PLAN],
      ["workers: deleted; allowed: a value", f"method._target_: None; allowed: {TARGETS}"]),
+    (["merg"], ["merg: not understood; allowed: mode=merge"]),
     (["method"], ["method: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()"]),
     (["scorer=[aqi,judge", "foo=1"],
      ["scorer=[aqi,judge: not understood; allowed: key=value, with quotes around a value that holds any of ,:[]{}()",
@@ -810,3 +811,15 @@ def test_scorers_that_an_experiment_sets_fields_of_may_be_left_out() -> None:
 
     (scorer,) = scorers_of(composed("experiment=tiny", "scorer=[aqi]"))
     assert scorer.name == "aqi"
+
+
+def test_a_launcher_that_cannot_start_is_one_line(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+
+    monkeypatch.setattr(_entry(), "compose", absent)
+    result = call("-m", "method=ties,average", PLAN)
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert result.err.startswith(
+        'failed: Could not detect "srun", are you indeed on a slurm cluster? (traceback: '
+    )
