@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignmerge.engine import merger
-from alignmerge.engine.checkpoint import SINGLE, Checkpoint, load_tensors
+from alignmerge.engine.checkpoint import Checkpoint, load_tensors
 from alignmerge.engine.faults import BadRequest
+from alignmerge.engine.folder import SINGLE
 from alignmerge.engine.loop import blocks, in_order, merge
 from alignmerge.engine.manifest import ROOT
 from alignmerge.engine.merger import Block, Merger, Models, average, step
