@@ -378,7 +378,7 @@ def test_the_scorer_gives_the_marks_known_by_hand_and_prints_and_logs_nothing(
     before, level = subject.made.tokenizer.padding_side, log.level
     found = list(Utility().score(subject))
     assert by_column(found) == EXPECTED
-    assert set(Utility.columns) == {*EXPECTED, "factual", "helpfulness"}
+    assert set(Utility.columns) == {*EXPECTED, "knowledge", "factual", "helpfulness"}
     assert [s.id for s in found if s.column == "gsm8k"] == [prompt.id for prompt in SETS["gsm8k"]]
     for name, column in (("format", "instruction_following"), ("gsm8k", "gsm8k")):
         hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in subject.rendered(name)]
