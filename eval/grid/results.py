@@ -87,18 +87,14 @@ class Findings:
         return pd.DataFrame(points).astype({"value": float}) if points else None
 
     def _trajectory(self) -> pd.DataFrame | None:
-        """Return the scores along the trainings of anchor and experts (``model``): step 0 is the base."""
+        """Return the scores along the anchors' trainings: step 0 is the base."""
         if not self.steps:
             return None
         scores = _scores(self.steps)
-        named = scores["row"].str.partition("@")  # ``<model>@<step>``, or ``base``
-        model, step = named[0].str.replace("experts.", "expert:"), named[2].replace("", "0").astype(int)
-        scores = scores.assign(model=model, step=step)
-        base, later = (scores[(scores["model"] == "base") == start] for start in (True, False))
-        starts = [base.assign(model=model) for model in later["model"].unique()]
-        along = pd.concat([*starts, later], ignore_index=True)
-        last = along.groupby(["family", "seed", "model"])["step"].transform("max")
-        return along.assign(share=along["step"] / last)
+        step = scores["row"].str.partition("@")[2]  # of ``anchor@<step>``
+        scores["step"] = step.where(step != "", "0").astype(int)
+        last = scores.groupby(["family", "seed"])["step"].transform("max")
+        return scores.assign(share=scores["step"] / last)
 
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)

@@ -16,8 +16,8 @@ class Supplement:
     """One setting a line, as tried on the dev split: row, setting, selected and the dev values; with
     family where there are several."""
     trajectory: pd.DataFrame | None = None
-    """The scores along the trainings: family, seed, model (``anchor``, ``expert:<alias>``), step (0 is theta_IT),
-    share of the last step, column, id, value."""
+    """The scores of the checkpoints of the anchors' training: family, seed, step (0 is theta_IT), share of
+    the last step, column, id, value."""
     gates: pd.DataFrame | None = None
     """One gate a line: its texts and numbers, and whether it was ``met``."""
     sweeps: pd.DataFrame | None = None

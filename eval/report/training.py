@@ -27,7 +27,6 @@ def training_of_families(trajectory: pd.DataFrame | None, caption: str) -> Figur
     """Draw AQI and tau along the training of every family's anchor: mean and range over seeds."""
     if trajectory is None or not (measures := _measured(trajectory, _MEASURES)):
         return None
-    trajectory = trajectory[trajectory["model"] == "anchor"]
     figure = sheet(_TITLE, f"{caption}. {_SHARES}", (9.5, 4.6))
     axes = figure.subplots(ncols=len(measures), squeeze=False)[0]
     for panel, (column, label) in zip(axes, measures.items(), strict=True):
@@ -48,7 +47,6 @@ def training(trajectory: pd.DataFrame | None, caption: str) -> Figure | None:
     """Draw AQI and tau along the training of one family's anchor, and both over the layers."""
     if trajectory is None or not (measures := _measured(trajectory, _MEASURES)):
         return None
-    trajectory = trajectory[trajectory["model"] == "anchor"]
     layers = _measured(trajectory, _LAYERS)
     figure = sheet(_TITLE, f"{caption}. {_STEPS}", (9.5, 3.4 * (1 + bool(layers))))
     axes = figure.subplots(1 + bool(layers), max(len(measures), len(layers)), squeeze=False)

@@ -14,7 +14,7 @@ from eval.report.supplement import NOTHING, Supplement
 from eval.stats import comparisons, families
 from eval.stats.derived import DERIVED
 
-_TRAJECTORY = ["family", "seed", "model", "step", "share", "column", "id", "value"]
+_TRAJECTORY = ["family", "seed", "step", "share", "column", "id", "value"]
 
 
 def write(

@@ -195,7 +195,6 @@ def along_training() -> pd.DataFrame:
         {
             "family": family,
             "seed": seed,
-            "model": "anchor",
             "step": step,
             "share": step / 40,
             "column": column,
@@ -366,7 +365,7 @@ def test_several_families_have_a_folder_each_beside_the_figures_over_all(world: 
     figures_there = world / "figures"
     assert {str(path.relative_to(figures_there)) for path in figures_there.rglob("*.*")} == expected
     trajectory = pd.read_csv(world / "trajectory.csv")
-    assert list(trajectory.columns) == ["family", "seed", "model", "step", "share", "column", "id", "value"]
+    assert list(trajectory.columns) == ["family", "seed", "step", "share", "column", "id", "value"]
     assert not trajectory["id"].str.startswith("boot:").any() and len(trajectory) == 2 * 3 * 3 * 4
 
 
