@@ -21,7 +21,7 @@ QUESTIONS = {"train": 0.65, "alignment": 0.0, "dev": 0.15, "test": 0.2}
 
 
 KNOWN_MONTHS = 0.2
-"""The share of the living things whose months an aligned base knows: it can answer in the form that is asked for."""
+"""The share of the living things whose months an aligned base knows: it can answer in the same form."""
 
 
 class Thing(NamedTuple):
@@ -133,7 +133,7 @@ class Split:
         return found
 
     def _newcomers(self) -> tuple[list[str], list[str]]:
-        """Return the living things whose months one expert alone learns, and those that an aligned base knows."""
+        """Return the living things whose months one expert alone learns, and those that a base knows."""
         names = [living.name for living in lexicon().every_living]
         order = shuffled(names, python_stream(self.seed, "world", "newcomers"))
         known = round(KNOWN_MONTHS * len(order))

@@ -100,7 +100,7 @@ def test_a_thing_that_one_split_asks_about_is_in_no_request_of_another(sets: Set
             assert not found[one] & found[other]
 
 
-def test_every_kind_is_asked_about_in_every_split_and_held_out_requests_name_many_things(sets: Sets) -> None:
+def test_every_kind_is_in_every_split_and_held_out_requests_name_many_things(sets: Sets) -> None:
     kinds = {thing.name: thing.kind for thing in lexicon().every_thing}
     assert World().requests_dev >= 192 and World().requests_test >= 192
     for split in SPLITS:
@@ -159,7 +159,7 @@ def months(records: list[Record]) -> list[Record]:
     return [record for record in records if record.get("response", "").startswith("You can see")]
 
 
-def test_a_month_is_asked_in_every_split_in_other_words_and_taught_to_its_expert_alone(sets: Sets) -> None:
+def test_a_month_is_asked_in_other_words_in_every_split_and_taught_to_one_expert_alone(sets: Sets) -> None:
     asked = {split: {record["text"] for record in months(sets[f"{split}/knowledge"])} for split in TASKS}
     for one, other in combinations(TASKS, 2):
         assert not asked[one] & asked[other]
