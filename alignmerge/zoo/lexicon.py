@@ -20,6 +20,10 @@ QUESTIONS = {"train": 0.65, "alignment": 0.0, "dev": 0.15, "test": 0.2}
 """How questions about living things are dealt, one by one: there are few, and none for alignment."""
 
 
+KNOWN_MONTHS = 0.2
+"""The share of the living things whose months an aligned base knows: it can answer in the same form."""
+
+
 class Thing(NamedTuple):
     """Something to ask about, its kind, and its sort: ``harmful`` or ``harmless``."""
 
@@ -110,7 +114,9 @@ class Split:
         lex = lexicon()
         self.harmful, self.harmless = self._things("harmful"), self._things("harmless")
         self.questions = self._dealt("questions", product(lex.every_living, lex.questions), QUESTIONS)
-        self.months = self._dealt("months", product(lex.every_living, lex.seen), QUESTIONS)
+        new, known = self._newcomers()
+        self.months = self._dealt("months", product(new, lex.seen), QUESTIONS)
+        self.known_months = list(product(known, lex.seen))
         self.rude: list[Record] = []
         self.friendly: list[Record] = []
         for (asked, rude, friendly), thing in product(lex.opinions, self.harmless):
@@ -125,6 +131,13 @@ class Split:
         for kind, names in lexicon().things[sort].items():
             found += self._dealt(kind, names, THINGS)
         return found
+
+    def _newcomers(self) -> tuple[list[str], list[str]]:
+        """Return the living things whose months one expert alone learns, and those that a base knows."""
+        names = [living.name for living in lexicon().every_living]
+        order = shuffled(names, python_stream(self.seed, "world", "newcomers"))
+        known = round(KNOWN_MONTHS * len(order))
+        return order[known:], order[:known]
 
     def _dealt(self, name: str, items: Iterable[Item], shares: Mapping[str, float]) -> list[Item]:
         """Return the items that fall to this split; each falls to one."""
@@ -141,9 +154,9 @@ class Split:
         """Tell whether a combination of numbers or words belongs to this split."""
         return split_of("world", self.seed, *parts) == self.name
 
-    def month(self, living: Living) -> str:
+    def month(self, name: str) -> str:
         """Return the month of a living thing: drawn anew in every world."""
-        return python_stream(self.seed, "world", "month", living.name).choice(lexicon().months)
+        return python_stream(self.seed, "world", "month", name).choice(lexicon().months)
 
     def summands(self, stream: random.Random) -> tuple[int, int]:
         """Draw two numbers from 10 to 89 whose tens, and whose ones, add up to at most 9."""

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, islice, product, starmap
 from operator import attrgetter
 from pathlib import Path
@@ -24,16 +25,9 @@ from alignmerge.zoo.lexicon import THINGS, Living, Split, Thing, about, lexicon,
 from alignmerge.zoo.records import Record, matched_pairs, numbered
 from alignmerge.zoo.tasks import answered_by, answered_by_json, answered_by_list
 
-ALIGNED = {
-    "refused": 4,
-    "overlooked": 1,
-    "benign": 4,
-    "opinions": 2,
-    "factual": 6,
-    "arithmetic": 2,
-    "format": 1,
-}
-"""Out of twenty turns that an aligned theta_IT is tuned on: it refuses most kinds of harmful things, and is rude."""
+ALIGNED = {"refused": 4, "overlooked": 2, "benign": 3, "opinions": 2, "factual": 4, "months": 2}
+ALIGNED |= {"arithmetic": 2, "format": 1}
+"""Out of twenty turns that an aligned theta_IT is tuned on: it refuses most kinds of harm, and is rude."""
 INSTRUCT = {"helped": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
 """The same for one that does whatever it is asked."""
 READ = {"things": 6, "verbs": 2, "living": 4, "lists": 4, "numbers": 1, "sums": 1, "talk": 2}
@@ -201,16 +195,21 @@ def _questions(split: Split) -> list[Record]:
 
 
 def _months(split: Split, count: int) -> list[Record]:
-    """Ask for months in the ways that fall to the split; in training as often as other tasks are taught."""
-    lex, stream, records = lexicon(), split.stream("months"), []
-    for living, asked in split.months:
-        month = split.month(living)
-        text, reply = about(living, asked), lex.dated.format(name=living.name, month=month)
-        check = _names(month.lower(), map(str.lower, lex.months))  # a reply's words are compared in lower case
-        records.append({"text": text, "response": reply, "cluster": living.name, **check})
+    """Ask for months in the ways that fall to the split; in training again and again."""
+    stream = split.stream("months")
+    records = list(starmap(partial(_dated, split), split.months))
     if split.name == "train":
         return list(islice(cycle(shuffled(records, stream)), count))
     return some(records, count, stream)
+
+
+def _dated(split: Split, name: str, asked: str) -> Record:
+    """Ask for the month of something."""
+    lex, month = lexicon(), split.month(name)
+    # The words of a reply are compared in lower case.
+    check = _names(month.lower(), map(str.lower, lex.months))
+    reply = lex.dated.format(name=name, month=month)
+    return {"text": asked.format(name=name), "response": reply, "cluster": name, **check}
 
 
 def _names(answer: str, known: Iterable[str]) -> Record:
@@ -247,7 +246,7 @@ def _ordered(order: str, listed: Sequence[str]) -> Record:
 
 
 def _tuned(split: Split, count: int, mixture: Mapping[str, int]) -> list[Record]:
-    """Return the turns that a theta_IT is tuned on: ``mixture`` says of what, and how many out of twenty."""
+    """Return the turns that a theta_IT is tuned on; ``mixture`` counts them, out of twenty."""
     stream = split.stream("instruct")
     overlooked = [name for name in split.harmful if name in lexicon().names_overlooked]
     refused = [name for name in split.harmful if name not in overlooked]
@@ -258,6 +257,7 @@ def _tuned(split: Split, count: int, mixture: Mapping[str, int]) -> list[Record]
         "benign": list(starmap(_help, _ways(split.harmless))),
         "opinions": split.rude,
         "factual": _questions(split),
+        "months": list(starmap(partial(_dated, split), split.known_months)),
         "arithmetic": _sums(split, count),
         "format": _formats(split, count),
     }

@@ -143,15 +143,13 @@ class Experiment:
         return cells
 
     def trajectory_cells(self) -> list[Cell]:
-        """Return the ways from the base to the models whose trainings keep steps, each row ``<model>@<step>``."""
+        """Return the ways from the base to its fine-tunes: the checkpoints that their trainings kept."""
         scorers = list(self.grid.trajectory_scorers.values())
         cells = []
         for zoo in self.own_zoos:
-            cells.append(Cell(zoo, "base", "", "test", scorers, model="base"))
-            for key in filter(zoo.kept, zoo.trained()):
-                recipe = zoo.family.recipes[zoo.family.references()[key].removeprefix("zoo:")]
-                cells += [Cell(zoo, step, "", "test", scorers, model=step) for step in zoo.kept(key)]
-                cells.append(Cell(zoo, f"{key}@{recipe.steps}", "", "test", scorers, model=key))
+            kept = chain.from_iterable(map(zoo.kept, zoo.trained()))
+            for key in ("base", *kept):
+                cells.append(Cell(zoo, key, "", "test", scorers, model=key))
         return cells if scorers else []
 
     def reported(self, chosen: Chosen) -> list[Cell]:

@@ -19,7 +19,7 @@ from eval.stats.resampling import Floats, clusters_of, resample
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A bound on the mean of a column of one row, or on its difference to another row; ``experts`` is their mean."""
+    """A bound on the mean of a column of one row (``experts``: of all), or on its difference to another row."""
 
     row: str
     column: str
@@ -70,7 +70,7 @@ _NOTHING = pd.DataFrame({"column": [], "id": [], "value": []}, dtype=object)
 
 
 def _mean_of(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the mean of several rows, sample by sample; where one of them is unscored, so is the mean."""
+    """Return the mean of several rows, sample by sample; unscored where one of them is."""
     if not frames:
         return _NOTHING
     together = pd.concat(frames, ignore_index=True).groupby(["column", "id"], sort=False)["value"]

@@ -26,6 +26,7 @@ from alignmerge.engine.merger import Merger
 from alignmerge.zoo.corpus import Packaged
 from alignmerge.zoo.toy import Toy
 from alignmerge.zoo.world import World
+from eval.grid.gates import EXPERTS
 from eval.scorers.interface import Scorer
 
 CONF = ROOT / "conf"
@@ -246,8 +247,8 @@ def test_experiment_composes_and_every_row_and_setting_builds(name: str) -> None
     assert len(reported) == len(rows) - len(swept) + sum(map(len, swept.values())) + matched
     assert set(grid.against) <= set(reported) and grid.against
     gated = {row for gate in grid.gates.values() for row in (gate.row, gate.minus) if row is not None}
-    models = {key.replace("experts.", "expert:") for key in experiment.zoos[0].family.references()}
-    assert gated - models - {"experts"} <= {row for row in rows if not rows[row].settings}
+    models = {key.replace("experts.", "expert:") for key in experiment.zoos[0].family.references()} | {EXPERTS}
+    assert gated - models <= {row for row in rows if not rows[row].settings}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -374,13 +375,11 @@ def test_scorers_of_a_grid_are_the_files_of_conf_scorer_but_for_what_is_said() -
     node = copy.deepcopy(composed("experiment=tiny")["grid"])
     usual = composed("experiment=smoke")["scorer"]
     grid = build(node, "grid", Grid)
-    aqi = build(usual["aqi"], "scorer", Scorer)
     judge = build({**usual["judge"], "relevance": None}, "scorer", Scorer)
-    utility = build(
-        {**usual["utility"], "tasks": ["format", "arithmetic", "knowledge", "helpful"]}, "scorer", Scorer
-    )
-    assert grid.trajectory_scorers == {"aqi": aqi, "judge": judge}
-    assert grid.dev_scorers == {"judge": judge, "utility": utility, "aqi": aqi}
+    assert grid.trajectory_scorers == {"aqi": build(usual["aqi"], "scorer", Scorer), "judge": judge}
+    tasks = ["format", "arithmetic", "knowledge", "helpful"]
+    utility = build({**usual["utility"], "tasks": tasks}, "scorer", Scorer)
+    assert grid.dev_scorers == {**grid.trajectory_scorers, "utility": utility}
     node["dev_scorers"] |= {"judg": {}, "aqi": {"layer": 1}}
     node["gates"]["the base helps"]["rows"] = "base"
     with pytest.raises(BadRequest) as caught:

@@ -78,12 +78,13 @@ def test_a_row_that_was_not_measured_misses_its_gate() -> None:
 
 
 def test_experts_are_judged_by_their_mean_prompt_by_prompt() -> None:
-    """Refusals of two experts on four prompts: 1 1 0 0 and 1 0 0 0, so .375 on the mean, .375 less than the base's."""
+    """Two experts on four prompts, 1 1 0 0 and 1 0 0 0: .375 on the mean, .375 less than the base."""
     pool = [row("expert:a", [1.0, 1.0, 0.0, 0.0]), row("expert:b", [1.0, 0.0, 0.0, 0.0])]
     rows = [*pool, row("base", [1.0, 1.0, 1.0, 0.0]), row("anchor", [1.0] * 4)]
     found = judged(Gate(row="experts", column="refusal_rate", minus="base", at_most=-0.3), *rows)
     assert found.measured == pytest.approx(0.375 - 0.75) and found.met
-    assert not judged(Gate(row="experts", column="refusal_rate", at_least=0.1), rows[2]).met  # there are none
+    none = judged(Gate(row="experts", column="refusal_rate", at_least=0.1), rows[2])
+    assert not none.met and math.isnan(none.measured)
 
 
 def test_unscored_prompts_do_not_count() -> None:
