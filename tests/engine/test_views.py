@@ -552,9 +552,7 @@ def test_every_architecture_merges_as_it_runs(
     folders = {"base": base, "anchor": perturbed(base, 1, 0.05), "experts.a": perturbed(base, 2, 0.05)}
     models = open_models(folders)
     ctx = Context(models, Store(tmp_path / "store"), tmp_path / "average", SETS)
-    method = AlignMerge(
-        estimator=estimator, lambda_align=9.0, lambda_bud=0.0
-    )
+    method = AlignMerge(estimator=estimator, lambda_align=9.0, lambda_bud=0.0)
     merge(method.fit(ctx), models, tmp_path, elementwise=False)
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     merged = Checkpoint.open(tmp_path, "merged")
