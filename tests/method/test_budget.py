@@ -23,7 +23,7 @@ import alignmerge.fisher
 import alignmerge.kronecker
 import alignmerge.samples
 from alignmerge.aqi import LAYERS, mean_aqi
-from alignmerge.budget import HALVINGS, STEPS, spend
+from alignmerge.budget import HALVINGS, SETTLED, STEPS, spend
 from alignmerge.engine.assets import Assets
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.context import Context as StoreContext
@@ -274,6 +274,15 @@ def test_sequential_steps_find_what_a_general_optimiser_finds(seed: int, weight:
     objectives = [step["cost"] + weight * step["l_bud"] for step in found.trace]
     assert objectives == sorted(objectives, reverse=True) and len(objectives) > 1
     assert objectives[-1] == pytest.approx(objective(found.z.numpy()))
+
+
+def test_steps_end_where_one_gains_nothing() -> None:
+    """A functional that is bent a little: the second step gains less than a thousandth of the first."""
+    space, functional = bent(0, bend=1e-4)
+    found = spend(functional, space, 0.7, 3.0)
+    objectives = [step["cost"] + 3.0 * step["l_bud"] for step in found.trace]
+    gains = [before - after for before, after in itertools.pairwise(objectives)]
+    assert all(gain > SETTLED * sum(gains) for gain in gains[:-1]) and len(gains) < STEPS
 
 
 def test_a_linear_functional_takes_one_step() -> None:
@@ -597,6 +606,19 @@ def test_the_budget_is_the_anchors_own_less_its_deviation(family: Bench) -> None
     assert budget["a_anchor"] == pytest.approx(anchor, abs=1e-5)
     assert budget["deviation"] > 0
     assert budget["a_min"] == pytest.approx(budget["a_anchor"] - 2 * budget["deviation"])
+
+
+def test_all_budgets_share_the_anchors_value(family: Bench) -> None:
+    """Other settings load the base for their own A, and not the anchor again; other probes do."""
+    ctx = family.context()
+    ctx.store = Store(family.folder / "shared")
+    merged(shield(lambda_bud=1.0), ctx)
+    assert ctx.loads.count("1") == 1  # the anchor, by the name that it was opened under
+    merged(shield(lambda_bud=30.0, lambda_align=3.0, kappa=0.5), ctx)
+    assert ctx.loads.count("1") == 1
+    ctx.selection = probes_of(5, 12)
+    merged(shield(lambda_bud=1.0), ctx)
+    assert ctx.loads.count("1") == 2
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3]], ids=["kronecker", "samples"])

@@ -21,6 +21,7 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.merge import Merge
 from alignmerge.engine.merger import EVERY_OWN, Inputs, Merger, Models
 from alignmerge.engine.store import Store
+from alignmerge.fisher import fisher
 from alignmerge.method import AlignMerge
 from alignmerge.spaces import Coefficients
 from alignmerge.start import STARTS
@@ -239,6 +240,19 @@ def test_the_step_from_the_start(family: Family, start: str) -> None:
     length = math.sqrt(sum(float(one.square().sum()) for one in delta))
     assert float(step.norm()) == pytest.approx(0.1 * length, rel=1e-3)
     assert not any(torch.equal(found[n], origin[n]) for n in matrices(family.models))
+
+
+def test_a_walk_from_one_start_as_far_as_a_shield_on_another(family: Family) -> None:
+    """``like`` measures how far the matched merge lies from *this* start, in the diagonal Fisher at theta_IT."""
+    like = {"lambda_bud": 0.0, "start": "task_arithmetic", "start_with": {"scale": 0.5}}
+    walk = Interpolate(t=None, like=like, start="ties", start_with={"density": 0.5})
+    assert walk.inputs.merges == (Ties(density=0.5), TaskArithmetic(scale=0.5))
+    found, begin = merged(walk, family.rounded), merged(Ties(density=0.5), family.rounded)
+    matched = merged(AlignMerge(**like), family.rounded)
+    diagonal = fisher(family.rounded, family.models.base, "metric")
+    weights = flat({name: diagonal.read(name) for name in diagonal})
+    lengths = [float((weights * (flat(one) - flat(begin)).square()).sum()) for one in (found, matched)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-3)
 
 
 # --- a projection and a budget ------------------------------------------------------------------------------
