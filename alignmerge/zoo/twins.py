@@ -61,7 +61,8 @@ class Dealer:
         last = list(counts)[-1]
         found: dict[str, list[str]] = {}
         for split, count in counts.items():
-            found[split] = chosen = []
+            chosen: list[str] = []
+            found[split] = chosen
             for group in order:
                 whole = len(groups[group]) <= min(count - len(chosen), LARGEST)
                 if self._home.get(group, split) == split and (whole or split == last):

@@ -308,7 +308,11 @@ def test_what_means_the_same_gives_the_same_key(zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "bfloat16"}, {"batch_size": 3}, {"threads": 2}, {"max_length": 64}, {"date": "2031-01-01"}],
+    "change",
+    [
+        {"dtype": "bfloat16"}, {"batch_size": 3}, {"threads": 2}, {"max_length": 64}, {"reply_tokens": 5},
+        {"date": "2031-01-01"},
+    ],
     ids=str,
 )  # fmt: skip
 def test_settings_of_the_family_are_in_the_key(zoo: Zoo, change: dict[str, Any]) -> None:

@@ -22,10 +22,13 @@ from conftest import MakesModel
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from alignmerge.engine.assets import Assets
 from alignmerge.engine.examples import Example, collate, render, tokenise
+from alignmerge.engine.family import Family
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.language import load_model, load_tokenizer
 from alignmerge.engine.manifest import ROOT
+from alignmerge.engine.store import Store
 from alignmerge.zoo import lessons, training
 from alignmerge.zoo.corpus import Packaged
 from alignmerge.zoo.phrases import phrases, read_phrases
@@ -35,6 +38,7 @@ from alignmerge.zoo.tasks import arithmetic, formats
 from alignmerge.zoo.toy import Toy
 from alignmerge.zoo.training import Recipe, response_loss, train
 from alignmerge.zoo.twins import twin_groups
+from alignmerge.zoo.zoo import Zoo
 
 SPLITS = ("train", "alignment", "dev", "test")
 TASK_SPLITS = ("train", "dev", "test")
@@ -469,6 +473,23 @@ class Answers:
     def __call__(self, prompts: Sequence[str]) -> list[tuple[str, bool]]:
         self.calls.append(list(prompts))
         return [(" " if i % 5 == 4 else f"answer {i} of {len(p)}", i % 3 == 0) for i, p in enumerate(prompts)]
+
+
+def test_benign_prompts_are_answered_by_the_model_that_the_base_is_trained_from(tmp_path: Path) -> None:
+    """The base cannot: it is trained on these very answers."""
+    recipe = Recipe(start="pretrained", lessons="anchor", steps=1, batch=1, lr=0.1)
+    store = Store(tmp_path)
+    made = Family(
+        name="x",
+        pretrained="origin",
+        base="zoo:base",
+        anchor="safe",
+        experts={"a": "expert"},
+        recipes={"base": recipe},
+    )
+    given = Family(name="x", pretrained="origin", base="here", anchor="safe", experts={"a": "expert"})
+    found = [Zoo(family, Toy(), store, Assets(store, {}))._answering() for family in (made, given)]
+    assert found == ["pretrained", "base"]
 
 
 @pytest.fixture(scope="module")
