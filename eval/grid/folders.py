@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,15 @@ def recorded_of(manifest: Mapping[str, Any], family: str, seed: int) -> dict[str
     return found
 
 
-def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+def replace_folder(
+    source: Path,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    without: Callable[[str, list[str]], list[str]] | None = None,
+) -> None:
     """Put a copy of ``source`` with this manifest in the place of ``folder``.
 
+    ``without`` says which names of a folder are left out, as for ``shutil.copytree``.
     Neither a kill nor another process that does the same leaves half of a folder under that name.
     """
     staging, old = folder.parent / f".{folder.name}.staging", folder.parent / f".{folder.name}.old"
@@ -85,7 +91,7 @@ def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> N
     with _locked(folder.parent):
         for left in (staging, old):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
-        shutil.copytree(source, staging)
+        shutil.copytree(source, staging, ignore=without)
         write_json(staging / MANIFEST, manifest)
         if folder.exists():
             folder.rename(old)

@@ -24,7 +24,7 @@ from eval.grid.selection import Choice
 from eval.report.ledger import PAPER, read_ledger
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
-from eval.stats.estimates import EXPERT
+from eval.stats.estimates import ALL, EXPERT
 from eval.stats.fronts import WANTED
 
 
@@ -65,7 +65,7 @@ class Findings:
         supplement = Supplement(
             selection=self.choice.points, trajectory=self._trajectory(), gates=self._gate_table(),
             sweeps=self._sweeps(), marks=marks(self.gates), ledger=read_ledger(),
-            tried=self._tried(),
+            tried=self._tried(), unreached=unreached(self.choice), remarks=self._remarks(),
         )  # fmt: skip
         write(
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
@@ -83,6 +83,25 @@ class Findings:
         for (family, seed), verdicts in self.gates.items():
             lines += [{"family": family, "seed": seed, **verdict._asdict()} for verdict in verdicts]
         return pd.DataFrame(lines) if lines else None
+
+    def _remarks(self) -> dict[str, list[str]]:
+        """Return family -> what stands below its tables: aliases, and the rates that matched rows reached."""
+        tested: dict[tuple[str, str], list[float]] = {}
+        for one in self.rows:
+            rates = one.frame.loc[one.frame["column"] == "refusal_rate", "value"]
+            tested.setdefault((one.cell.family, one.cell.row), []).append(float(rates.mean()))
+        remarks = aliases(self.choice)
+        for line in [] if self.choice.matched is None else self.choice.matched.itertuples():
+            text = f"{line.row}: target {line.target:g}, dev {line.dev:.2f}"
+            if rates := tested.get((line.family, line.row)):
+                text += f", test {sum(rates) / len(rates):.2f}"
+            if not line.reached:
+                text += ": not reached"
+            remarks.setdefault(line.family, []).append(text)
+        if len(remarks) > 1:
+            lines = [f"{family}: {line}" for family, of in remarks.items() for line in of]
+            remarks[ALL] = lines
+        return remarks
 
     def _tried(self) -> pd.DataFrame | None:
         """Return the samples of the settings tried on dev, and of the experts; None where nothing is tuned."""
@@ -166,6 +185,27 @@ class Findings:
         _, models = self.experiment.opened[place]
         rows = of_rows([*self.steps, *self.rows], place)  # the base is a step and a row: it is filed as the row
         return {"models": of_models(models), "gates": of_gates(self.gates.get(place, [])), "rows": rows}
+
+
+def aliases(choice: Choice) -> dict[str, list[str]]:
+    """Return family -> a line for each row that is the better of others on dev."""
+    said: dict[str, list[str]] = {}
+    for family, readings in choice.readings.items():
+        said[family] = [f"{row} is {other}, the better on dev" for row, other in readings.items()]
+    return {family: lines for family, lines in said.items() if lines}
+
+
+def unreached(choice: Choice) -> dict[str, list[str]]:
+    """Return family -> the matched rows that no setting came near enough to; over all those of any family."""
+    if choice.matched is None:
+        return {}
+    missed = choice.matched[~choice.matched["reached"].astype(bool)]
+    rows: dict[str, list[str]] = {}
+    for line in missed.itertuples():
+        rows.setdefault(str(line.family), []).append(str(line.row))
+    if len(choice.mergers) > 1 and rows:
+        rows[ALL] = list(dict.fromkeys(missed["row"].astype(str)))
+    return rows
 
 
 def _notes_on_models(zoos: Sequence[Zoo]) -> list[str]:

@@ -23,6 +23,11 @@ class Choice(NamedTuple):
     mergers: Chosen
     points: pd.DataFrame | None
     """Every setting tried: family, row, setting, selected, matched, the dev columns; None where nothing is tuned."""
+    matched: pd.DataFrame | None = None
+    """One row that is matched on dev a line: family, row (``.../matched``), the setting whose dev refusal rate is
+    nearest to ``target``, that rate (``dev``), and whether it was ``reached``; None without such rows."""
+    readings: Mapping[str, Mapping[str, str]] = {}
+    """Family -> row that is the best of others -> the one that it is."""
 
 
 def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:

@@ -17,7 +17,7 @@ from alignmerge.engine.configuration import build
 from alignmerge.engine.faults import BadRequest, Fault, refuse
 from alignmerge.engine.manifest import ROOT
 from eval.report.layout import Columns
-from eval.report.tables import number
+from eval.report.numbers import number
 from eval.stats.claims import FAILS, HOLDS, MISSING, OPEN, Claim
 from eval.stats.comparisons import DECIMALS
 

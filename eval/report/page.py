@@ -14,8 +14,9 @@ from eval.report.figures import Drawn
 from eval.report.layout import Columns, chosen, heading
 from eval.report.ledger import claim_lines, entries
 from eval.report.markup import template
+from eval.report.numbers import number
 from eval.report.supplement import Supplement
-from eval.report.tables import Document, number
+from eval.report.tables import Document
 from eval.stats.claims import FAILS, HOLDS
 from eval.stats.comparisons import MARGIN
 from eval.stats.estimates import ALL, is_method

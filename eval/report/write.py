@@ -11,6 +11,7 @@ import pandas as pd
 from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
 from eval.report.layout import Columns, chosen, in_order, write_columns
+from eval.report.numbers import WRITTEN
 from eval.report.supplement import NOTHING, Supplement
 from eval.stats import claims, comparisons, families, fronts
 from eval.stats.derived import DERIVED
@@ -50,7 +51,7 @@ def write(
     if supplement.tried is not None:
         supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
     summary = families.summary(measured)
-    document = tables.document(summary, columns, title, notes, supplement.marks)
+    document = tables.document(summary, columns, title, notes, supplement)
     folder.mkdir(parents=True, exist_ok=True)
     _csv(summary, folder / "summary.csv")
     _csv(compared, folder / "comparisons.csv")
@@ -78,4 +79,4 @@ def _write_supplement(folder: Path, supplement: Supplement) -> None:
 
 
 def _csv(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, float_format=f"%{tables.WRITTEN}", lineterminator="\n")
+    frame.to_csv(path, index=False, float_format=f"%{WRITTEN}", lineterminator="\n")
