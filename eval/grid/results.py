@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -91,14 +93,15 @@ class Findings:
             rates = one.frame.loc[one.frame["column"] == "refusal_rate", "value"]
             tested.setdefault((one.cell.family, one.cell.row), []).append(float(rates.mean()))
         remarks = aliases(self.choice)
-        for line in [] if self.choice.matched is None else self.choice.matched.itertuples():
-            text = f"{line.row}: target {line.target:g}, dev {line.dev:.2f}"
-            if rates := tested.get((line.family, line.row)):
-                text += f", test {sum(rates) / len(rates):.2f}"
-            if not line.reached:
+        for line in _lines(self.choice.matched):
+            place = (line["family"], line["row"])
+            text = f"{line['row']}: target {line['target']:g}, dev {line['dev']:.2f}"
+            if place in tested:
+                text += f", test {fmean(tested[place]):.2f}"
+            if not line["reached"]:
                 text += ": not reached"
-            remarks.setdefault(line.family, []).append(text)
-        if len(remarks) > 1:
+            remarks.setdefault(line["family"], []).append(text)
+        if len(self.choice.mergers) > 1 and remarks:
             lines = [f"{family}: {line}" for family, of in remarks.items() for line in of]
             remarks[ALL] = lines
         return remarks
@@ -112,8 +115,8 @@ class Findings:
         experts = [cell for cell in models if cell.row.startswith(EXPERT) and cell.zoo in experiment.first_seed]
         for one in experiment.read([*experts, *experiment.dev_cells()]):
             wanted = one.frame[one.frame["column"].isin(WANTED)]
-            place = {"family": one.cell.family, "row": one.cell.row, "seed": one.cell.seed}
-            frames.append(wanted.assign(**place, setting=one.cell.setting))
+            cell = one.cell
+            frames.append(wanted.assign(family=cell.family, row=cell.row, seed=cell.seed, setting=cell.setting))
         return pd.concat(frames, ignore_index=True)
 
     def _sweeps(self) -> pd.DataFrame | None:
@@ -197,15 +200,20 @@ def aliases(choice: Choice) -> dict[str, list[str]]:
 
 def unreached(choice: Choice) -> dict[str, list[str]]:
     """Return family -> the matched rows that no setting came near enough to; over all those of any family."""
-    if choice.matched is None:
-        return {}
-    missed = choice.matched[~choice.matched["reached"].astype(bool)]
     rows: dict[str, list[str]] = {}
-    for line in missed.itertuples():
-        rows.setdefault(str(line.family), []).append(str(line.row))
+    for line in _lines(choice.matched):
+        if not line["reached"]:
+            rows.setdefault(line["family"], []).append(line["row"])
     if len(choice.mergers) > 1 and rows:
-        rows[ALL] = list(dict.fromkeys(missed["row"].astype(str)))
+        rows[ALL] = list(dict.fromkeys(chain.from_iterable(rows.values())))
     return rows
+
+
+def _lines(frame: pd.DataFrame | None) -> list[dict[str, Any]]:
+    lines: list[Any] = []
+    if frame is not None:
+        lines = frame.to_dict("records")
+    return lines
 
 
 def _notes_on_models(zoos: Sequence[Zoo]) -> list[str]:

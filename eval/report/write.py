@@ -48,20 +48,19 @@ def write(
     compared = comparisons.comparisons(measured, against, decimals)
     tested = supplement.ledger.claims if supplement.ledger is not None else {}
     judged = claims.judge(measured, tested, decimals)
+    summary = families.summary(measured)
     if supplement.tried is not None:
         supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
-    summary = families.summary(measured)
     document = tables.document(summary, columns, title, notes, supplement)
     folder.mkdir(parents=True, exist_ok=True)
-    _csv(summary, folder / "summary.csv")
-    _csv(compared, folder / "comparisons.csv")
-    _csv(judged, folder / "claims.csv")
+    proof = page.Proof(compared, judged, summary)
+    for name, frame in proof._asdict().items():
+        _csv(frame, folder / f"{name}.csv")
     write_columns(chosen(columns, summary["column"]), folder / "columns.csv")
     _write_supplement(folder, supplement)
     (folder / "table.md").write_text(tables.markdown(document), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(document), encoding="utf-8")
     drawn = figures.write(folder / "figures", measured, scores, columns, notes, supplement)
-    proof = page.Proof(compared, judged, summary)
     text = page.html(document, columns, proof, drawn, supplement, folder)
     (folder / "report.html").write_text(text, encoding="utf-8")
 
