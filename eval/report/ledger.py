@@ -139,10 +139,10 @@ def claim_lines(judged: pd.DataFrame, columns: Columns) -> list[ClaimLine]:
 def _test(line: pd.Series[Any], columns: Columns) -> str:
     """Write a test: ``toxicity rate of alignmerge less .45 of average: +0.01 [-0.02, 0.05]``."""
     column = columns.get(line["column"], Column(line["column"], "", "info", DECIMALS))
-    text = f"{column.label}: {line['row']} less "
+    text: str = f"{column.label}: {line['row']} less "
     if line["factor"] != 1:
         text += f"{line['factor']:g} of "
-    text += line["against"]
+    text += str(line["against"])
     if pd.isna(line["difference"]):
         return f"{text}: {MISSING}"
     difference = spell(line["difference"], line["ci_low"], line["ci_high"], column.decimals)
