@@ -130,8 +130,8 @@ class Findings:
         if not self.steps:
             return None
         scores = _scores(self.steps)
-        names = scores["row"].str.replace("experts.", "expert:", regex=False).str.split("@", expand=True)
-        scores = scores.assign(model=names[0], step=names[1].fillna(0).astype(int))
+        names = scores["row"].str.replace("experts.", "expert:", regex=False).str.partition("@")
+        scores = scores.assign(model=names[0], step=names[2].replace("", "0").astype(int))
         models = [str(name) for name in scores["model"].unique() if name != "base"]
         if not models:
             return None

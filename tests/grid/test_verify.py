@@ -230,7 +230,7 @@ def test_reference_copies_the_results_and_refreshes_the_readme_which_a_run_leave
     assert pictures and tree(desk.committed).keys() == tree(desk.folder).keys() - pictures
     assert "## small\n" in (project / "docs" / "results.md").read_text()
     block = (project / "README.md").read_text()
-    assert "| average" in block and "old" not in block
+    assert "| average" in block and "\nold\n" not in block
     assert desk.call().code == 0
     assert (project / "README.md").read_text() == block
 
