@@ -53,7 +53,7 @@ class Findings:
         """Return what the files of the report are a function of."""
         recipe = {key: value for key, value in manifest.items() if key not in PASSING}
         recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
-        recipe["against"] = self._against()
+        recipe |= {"against": self._against(), "remarks": self._remarks()}
         for key, table in {"selection": self.choice.points, "sweeps": self._sweeps()}.items():
             recipe[key] = None if table is None else table.to_csv()
         return recipe
