@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,19 @@ def recorded_of(manifest: Mapping[str, Any], family: str, seed: int) -> dict[str
     return found
 
 
-def replace_folder(source: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+def replace_folder(
+    source: Path,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    without: Callable[[str, list[str]], list[str]] | None = None,
+) -> None:
     """Put a copy of ``source`` with this manifest in the place of ``folder``.
 
+    ``without`` says which names of a folder are left out, as for ``shutil.copytree``.
     Neither a kill nor another process that does the same leaves half of a folder under that name.
     """
     with claimed(folder, "results", replace=True) as staging:
-        shutil.copytree(source, staging / folder.name)
+        shutil.copytree(source, staging / folder.name, ignore=without)
         write_json(staging / folder.name / MANIFEST, manifest)
 
 

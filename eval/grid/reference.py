@@ -22,21 +22,20 @@ from eval.grid.folders import (
 )
 from eval.grid.grid import AT, MATCHED
 from eval.grid.record import of_method, of_scorer
+from eval.report.ledger import read_ledger
 from eval.report.main_table import block, names, splice
+from eval.report.results_page import results_page
 
 NAMED = 3
 """How many missing rows are spelled out."""
 
 
 def commit_results(experiment: Experiment, results: Path) -> Path:
-    """Copy an experiment's results to ``<results>/reference``, refresh the README's block, return the
-    folder.
+    """Copy an experiment's results to ``<results>/reference``, refresh README and docs/results.md, return the folder.
 
     Raises:
-        BadRequest: with everything that speaks against it: results of uncommitted code or of other
-        kernels than
-            the fixed ones, of other settings or older statistics than the code's, rows or gates that
-            are missing.
+        BadRequest: with everything that speaks against it: results of uncommitted code or of other kernels than
+            the fixed ones, of other settings or older statistics than the code's, rows or gates that are missing.
     """
     name = experiment.grid.name
     source = folder_of_run(results, name)
@@ -47,8 +46,8 @@ def commit_results(experiment: Experiment, results: Path) -> Path:
     manifest = read_manifest(source)
     refuse([*_not_for_others(manifest), *_outdated(manifest, experiment), *_incomplete(manifest, experiment)])
     folder = results / REFERENCE / name
-    replace_folder(source, folder, manifest)
-    _refresh_readme(folder)
+    replace_folder(source, folder, manifest, without=spare_pictures)
+    _refresh_pages(folder)
     return folder
 
 
@@ -120,10 +119,17 @@ def _missing_gates(manifest: Mapping[str, Any], experiment: Experiment) -> list[
     return missing
 
 
-def _refresh_readme(folder: Path) -> None:
-    """Put the block of committed results between its markers, where they are this project's own."""
-    path = ROOT / "README.md"
-    if folder.resolve().parent == COMMITTED and path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if folder.name in names(text):
-            path.write_text(splice(text, folder.name, block(folder)), encoding="utf-8")
+def spare_pictures(folder: str, names: list[str]) -> list[str]:
+    """Return what is not committed: pictures of single families and the SVGs. ``report.html`` holds them all."""
+    return [name for name in names if Path(folder).name == "figures" and not name.endswith(".png")]
+
+
+def _refresh_pages(folder: Path) -> None:
+    """Make the README's block and docs/results.md anew, where the results are this project's own."""
+    if folder.resolve().parent != COMMITTED:
+        return
+    readme, page = ROOT / "README.md", ROOT / "docs" / "results.md"
+    text = readme.read_text(encoding="utf-8")
+    if folder.name in names(text):
+        readme.write_text(splice(text, folder.name, block(folder)), encoding="utf-8")
+    page.write_text(results_page(COMMITTED, read_ledger()), encoding="utf-8")

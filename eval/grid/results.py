@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from eval.grid.selection import Choice
 from eval.report.ledger import PAPER, read_ledger
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
-from eval.stats.estimates import EXPERT
+from eval.stats.estimates import ALL, EXPERT
 from eval.stats.fronts import WANTED
 
 
@@ -54,7 +56,7 @@ class Findings:
         """Return what the files of the report are a function of."""
         recipe = {key: value for key, value in manifest.items() if key not in PASSING}
         recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
-        recipe["against"] = self._against()
+        recipe |= {"against": self._against(), "remarks": self._remarks()}
         tables = {"selection": self.choice.points, "sweeps": self._sweeps(), "matched": self._matched()}
         for key, table in tables.items():
             recipe[key] = None if table is None else table.to_csv()
@@ -69,7 +71,7 @@ class Findings:
         supplement = Supplement(
             selection=self.choice.points, trajectory=self._trajectory(), gates=self._gate_table(),
             sweeps=self._sweeps(), marks=marks(self.gates), ledger=read_ledger(),
-            tried=self._tried(),
+            tried=self._tried(), unreached=unreached(self.choice), remarks=self._remarks(),
         )  # fmt: skip
         write(
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
@@ -103,6 +105,26 @@ class Findings:
             lines += [{"family": family, "seed": seed, **verdict._asdict()} for verdict in verdicts]
         return pd.DataFrame(lines) if lines else None
 
+    def _remarks(self) -> dict[str, list[str]]:
+        """Return family -> what stands below its tables: aliases, and the rates that matched rows reached."""
+        tested: dict[tuple[str, str], list[float]] = {}
+        for one in self.rows:
+            rates = one.frame.loc[one.frame["column"] == "refusal_rate", "value"]
+            tested.setdefault((one.cell.family, one.cell.row), []).append(float(rates.mean()))
+        remarks = aliases(self.choice)
+        for line in _lines(self.choice.matched):
+            place = (line["family"], line["row"])
+            text = f"{line['row']}: target {line['target']:g}, dev {line['dev']:.2f}"
+            if place in tested:
+                text += f", test {fmean(tested[place]):.2f}"
+            if not line["reached"]:
+                text += ": not reached"
+            remarks.setdefault(line["family"], []).append(text)
+        if len(self.choice.mergers) > 1 and remarks:
+            lines = [f"{family}: {line}" for family, of in remarks.items() for line in of]
+            remarks[ALL] = lines
+        return remarks
+
     def _tried(self) -> pd.DataFrame | None:
         """Return the samples of the settings tried on dev, and of the experts; None where nothing is tuned."""
         if self.choice.points is None:
@@ -112,8 +134,8 @@ class Findings:
         experts = [cell for cell in models if cell.row.startswith(EXPERT) and cell.zoo in experiment.first_seed]
         for one in experiment.read([*experts, *experiment.dev_cells()]):
             wanted = one.frame[one.frame["column"].isin(WANTED)]
-            place = {"family": one.cell.family, "row": one.cell.row, "seed": one.cell.seed}
-            frames.append(wanted.assign(**place, setting=one.cell.setting))
+            cell = one.cell
+            frames.append(wanted.assign(family=cell.family, row=cell.row, seed=cell.seed, setting=cell.setting))
         return pd.concat(frames, ignore_index=True)
 
     def _sweeps(self) -> pd.DataFrame | None:
@@ -127,8 +149,8 @@ class Findings:
         if not self.steps:
             return None
         scores = _scores(self.steps)
-        names = scores["row"].str.replace("experts.", "expert:", regex=False).str.split("@", expand=True)
-        scores = scores.assign(model=names[0], step=names[1].fillna(0).astype(int))
+        names = scores["row"].str.replace("experts.", "expert:", regex=False).str.partition("@")
+        scores = scores.assign(model=names[0], step=names[2].replace("", "0").astype(int))
         models = [str(name) for name in scores["model"].unique() if name != "base"]
         if not models:
             return None
@@ -190,6 +212,32 @@ class Findings:
         _, models = self.experiment.opened[place]
         rows = of_rows([*self.steps, *self.rows], place)  # the base is a step and a row: it is filed as the row
         return {"models": of_models(models), "gates": of_gates(self.gates.get(place, [])), "rows": rows}
+
+
+def aliases(choice: Choice) -> dict[str, list[str]]:
+    """Return family -> a line for each row that is the better of others on dev."""
+    said: dict[str, list[str]] = {}
+    for family, readings in choice.readings.items():
+        said[family] = [f"{row} is {other}, the better on dev" for row, other in readings.items()]
+    return {family: lines for family, lines in said.items() if lines}
+
+
+def unreached(choice: Choice) -> dict[str, list[str]]:
+    """Return family -> the matched rows that no setting came near enough to; over all those of any family."""
+    rows: dict[str, list[str]] = {}
+    for line in _lines(choice.matched):
+        if not line["reached"]:
+            rows.setdefault(line["family"], []).append(line["row"])
+    if len(choice.mergers) > 1 and rows:
+        rows[ALL] = list(dict.fromkeys(chain.from_iterable(rows.values())))
+    return rows
+
+
+def _lines(frame: pd.DataFrame | None) -> list[dict[str, Any]]:
+    lines: list[Any] = []
+    if frame is not None:
+        lines = frame.to_dict("records")
+    return lines
 
 
 def _notes_on_models(zoos: Sequence[Zoo]) -> list[str]:

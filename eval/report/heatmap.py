@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from eval.report.canvas import INK, Floats, freeze, of_methods, sheet
 from eval.report.layout import Columns, chosen, grouped, heading
-from eval.report.tables import NONE, best_methods, number
+from eval.report.numbers import number
+from eval.report.tables import NONE, best_methods
 from eval.stats.estimates import PRETRAINED, Estimate
 
 _LUMA = (0.299, 0.587, 0.114)  # how light red, green and blue are to the eye

@@ -16,8 +16,9 @@ import yaml
 from alignmerge.engine.configuration import build
 from alignmerge.engine.faults import BadRequest, Fault, refuse
 from alignmerge.engine.manifest import ROOT
+from eval.columns import Column
 from eval.report.layout import Columns
-from eval.report.tables import number
+from eval.report.numbers import number
 from eval.stats.claims import FAILS, HOLDS, MISSING, OPEN, Claim
 from eval.stats.comparisons import DECIMALS
 
@@ -137,23 +138,25 @@ def claim_lines(judged: pd.DataFrame, columns: Columns) -> list[ClaimLine]:
 
 def _test(line: pd.Series[Any], columns: Columns) -> str:
     """Write a test: ``toxicity rate of alignmerge less .45 of average: +0.01 [-0.02, 0.05]``."""
-    column, decimals = str(line["column"]), DECIMALS
-    label = column
-    if column in columns:
-        label, decimals = columns[column].label, columns[column].decimals
-    share = "" if line["factor"] == 1 else f"{line['factor']:g} of "
-    text = f"{label}: {line['row']} less {share}{line['against']}"
+    column = columns.get(line["column"], Column(line["column"], "", "info", DECIMALS))
+    text: str = f"{column.label}: {line['row']} less "
+    if line["factor"] != 1:
+        text += f"{line['factor']:g} of "
+    text += str(line["against"])
     if pd.isna(line["difference"]):
         return f"{text}: {MISSING}"
-    sign = "+" if line["difference"] > 0 else ""
-    text += f" {sign}{spell(line['difference'], line['ci_low'], line['ci_high'], decimals)}"
-    return text if not line["margin"] else f"{text}, margin {line['margin']:g}"
+    difference = spell(line["difference"], line["ci_low"], line["ci_high"], column.decimals)
+    text += f" {'+' * (line['difference'] > 0)}{difference}"
+    if line["margin"]:
+        text += f", margin {line['margin']:g}"
+    return text
 
 
 def _entry(ledger: Ledger, one: Number, summary: pd.DataFrame, judged: pd.DataFrame, columns: Columns) -> Entry:
     families = summary["family"].unique()
-    same = ledger.models[one.model] in families
-    family = ledger.models[one.model] if same else str(families[0])
+    same, family = ledger.models[one.model] in families, str(families[0])
+    if same:
+        family = ledger.models[one.model]
     ours = _ours(one, family, summary, judged)
     verdict, basis = MISSING, ""
     if ours is not None and same:

@@ -1,4 +1,4 @@
-"""The main table of a results folder in short: in the terminal, and between markers in the README."""
+"""The main table of a results folder: in the terminal, and in short between markers in the README."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from rich.table import Table
+from rich.table import Table as Screen
 
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.progress import OUT
 from eval.columns import Column
 from eval.report.layout import chosen, main_columns, read_columns
 from eval.report.markup import template
-from eval.report.tables import markdown_table, number, table
+from eval.report.numbers import number
+from eval.report.tables import Table, markdown_table, table
+from eval.report.verdict import verdict
 from eval.stats.estimates import ALL
+
+IN_SHORT = (
+    "base", "anchor", "average", "ties", "fisher_soup", "safemerge", "mergealign/hammoud", "mergealign/thakkar",
+    "gradient_step", "alignmerge",
+)  # fmt: skip
+"""The rows of the table in the README."""
 
 
 def show(folder: Path) -> None:
     """Print the means of the main columns of a results folder."""
     _, summary, columns = _main(folder)
     means = summary.pivot_table(index="row", columns="column", values="mean", sort=False)
-    shown = Table("row", *columns, title=f"{folder.name} (intervals: {folder}/table.md)")
+    shown = Screen("row", *columns, title=f"{folder.name} (intervals: {folder}/table.md)")
     for row, values in means[list(columns)].iterrows():
         cells = [number(values[name], column.decimals) for name, column in columns.items()]
         shown.add_row(str(row), *cells)
@@ -38,15 +46,24 @@ def _main(folder: Path) -> tuple[list[str], pd.DataFrame, dict[str, Column]]:
 
 
 def block(folder: Path) -> str:
-    """Render the main table of committed results, ``results/reference/NAME`` as seen from the README.
+    """Render the result of committed results for the README: three lines, one figure, a table of ten rows at most.
 
-    With several families it is the table of their mean, with figures and the way to the tables of each.
+    ``folder`` is ``results/reference/NAME`` as seen from the README.
     """
     families, of_first, columns = _main(folder)
+    of_all = table(of_first, "", columns)  # bold is the best of all rows, in short as well
+    rows = {row: entries for row, entries in of_all.rows.items() if row in IN_SHORT}
     return template("readme.md", pipe=markdown_table).render(
-        families=families, over_families=families[0] == ALL, path=f"results/reference/{folder.name}",
-        table=table(of_first, "", columns), figures=[path.stem for path in folder.glob("figures/*.png")],
+        said=verdict(folder), families=families, over_families=families[0] == ALL,
+        path=f"results/reference/{folder.name}", table=of_all._replace(rows=rows),
+        picture=(folder / "figures" / "front.png").is_file(),
     )  # fmt: skip
+
+
+def whole(folder: Path) -> Table:
+    """Return the main columns of all rows of a results folder: the mean over families where there are several."""
+    _, of_first, columns = _main(folder)
+    return table(of_first, "", columns)
 
 
 def names(readme: str) -> list[str]:

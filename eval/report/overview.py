@@ -12,12 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from eval.report.canvas import FAMILY_COLOURS, GREY, INK, OURS, OURS_COLOUR, freeze, of_methods, sheet
+from eval.report.canvas import FAMILY_COLOURS, INK, OURS, colour_of, freeze, of_methods, sheet
 from eval.report.layout import Columns, chosen, grouped, heading
 from eval.report.tables import best_methods
 from eval.stats.estimates import Estimate
 
-_READING = "Circles: mean over families with its interval, filled for methods, red: best; dots below: families"
+_READING = (
+    "Circles: mean over families with its interval, filled for methods, ringed: best; dots below: families"
+)
 
 
 def overview(
@@ -52,11 +54,11 @@ def _draw(axes: Axes, measured: Estimate) -> None:
     for part, colour in zip(measured.parts, itertools.cycle(FAMILY_COLOURS), strict=False):
         axes.plot(part.mean, y + 0.27, "o", color=colour, ms=2.8, zorder=2, mew=0)
     axes.hlines(y, measured.low, measured.high, color="#555555", lw=1.3, zorder=3)
-    edges = np.where(methods, INK, GREY)
-    edges[np.isin(rows, list(best))] = OURS_COLOUR
-    fills = np.where(methods, edges, "white")
-    for i, mean in enumerate(measured.mean):
-        axes.plot(mean, i, "o", ms=5, mec=edges[i], mfc=fills[i], zorder=4)
+    for i, (row, mean) in enumerate(zip(rows, measured.mean, strict=True)):
+        colour = colour_of(row)
+        axes.plot(mean, i, "o", ms=5, mec=colour, mfc=colour if methods[i] else "white", zorder=4)
+        if row in best:
+            axes.plot(mean, i, "o", ms=9, mec=INK, mfc="none", mew=0.9, zorder=4)
     axes.axhline(np.count_nonzero(~methods) - 0.5, color="#bbbbbb", lw=0.8)
     axes.set_yticks(y, rows, fontsize=7.5)
     for label in axes.get_yticklabels():

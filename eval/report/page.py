@@ -14,8 +14,9 @@ from eval.report.figures import Drawn
 from eval.report.layout import Columns, chosen, heading
 from eval.report.ledger import claim_lines, entries
 from eval.report.markup import template
+from eval.report.numbers import number
 from eval.report.supplement import Supplement
-from eval.report.tables import Document, number
+from eval.report.tables import Document
 from eval.stats.claims import FAILS, HOLDS
 from eval.stats.comparisons import MARGIN
 from eval.stats.estimates import ALL, is_method
@@ -36,10 +37,10 @@ class Matrix(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """What was tested: the frames of ``comparisons.csv``, ``claims.csv`` and ``summary.csv``."""
+    """The numbers of a report: the frames of ``comparisons.csv``, ``claims.csv`` and ``summary.csv``."""
 
-    compared: pd.DataFrame
-    judged: pd.DataFrame
+    comparisons: pd.DataFrame
+    claims: pd.DataFrame
     summary: pd.DataFrame
 
 
@@ -55,9 +56,9 @@ def html(
 
     The manifest is not there yet: whoever publishes the folder writes it.
     """
-    compared, ledger = proof.compared, []
+    compared, ledger = proof.comparisons, []
     if supplement.ledger is not None:
-        ledger = entries(supplement.ledger, proof.summary, proof.judged, columns)
+        ledger = entries(supplement.ledger, proof.summary, proof.claims, columns)
     matrices = {family: _matrices(of_family, columns) for family, of_family in compared.groupby("family")}
     matched = compared[compared["non_inferior_to_best_expert"].fillna(False).astype(bool)]
     files = [MANIFEST, *sorted(path.name for path in folder.iterdir() if path.is_file())]
@@ -66,7 +67,7 @@ def html(
     return made.render(
         shown._asdict(), drawn=drawn, matrices=matrices, signs=_SIGNS, shades=_SHADES, files=files, pictures=pictures,
         as_good=set(matched[["family", "row", "column"]].itertuples(index=False, name=None)),
-        claims={family: claim_lines(of, columns) for family, of in proof.judged.groupby("family", sort=False)},
+        claims={family: claim_lines(of, columns) for family, of in proof.claims.groupby("family", sort=False)},
         ledger=ledger, gates=supplement.gates, selection=supplement.selection, all=ALL, level=LEVEL, margin=MARGIN,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -27,6 +27,10 @@ class Supplement:
     """One setting of a swept row a line: row (as in the scores), sweep, field, value (NaN is null)."""
     marks: Mapping[str, str] = field(default_factory=dict)
     """Family -> what headings say of missed gates."""
+    unreached: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Family -> matched rows that no setting came near enough to: they have no numbers."""
+    remarks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Family -> lines below its tables."""
     tried: pd.DataFrame | None = None
     """The samples of the dev split that fronts are made of: family, row, setting (empty: a model), seed,
     column, id, value, prompt."""

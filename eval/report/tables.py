@@ -14,12 +14,12 @@ from tabulate import tabulate
 from eval.columns import Column, Direction
 from eval.report.layout import Columns, chosen, grouped, heading
 from eval.report.markup import escape_markdown, template
+from eval.report.numbers import number
+from eval.report.supplement import NOTHING, Supplement
 from eval.stats.derived import KAPPA
 from eval.stats.estimates import ALL, is_method
 from eval.stats.resampling import LEAST_SEEDS, LEVEL, RESAMPLES
 
-WRITTEN = ".6g"
-"""How the CSV files of a report write a number."""
 NONE = "–"  # where a row has no value
 _TEX_ARROWS: Mapping[Direction, str] = {"up": r"$\uparrow$", "down": r"$\downarrow$", "info": ""}
 
@@ -31,6 +31,9 @@ class Entry(NamedTuple):
     mean: str
     interval: str
     best: bool  # whether no other method is better; never true for theta_IT, the anchor and the experts
+
+
+_UNREACHED = Entry(math.nan, "not reached", "", best=False)
 
 
 class Table(NamedTuple):
@@ -54,6 +57,8 @@ class Section(NamedTuple):
     rows: Sequence[str]
     tables: Sequence[Table]
     unscored: Sequence[str]
+    remarks: Sequence[str]
+    """Which row is another's alias, which dev rates the matched rows reached."""
 
 
 class Document(NamedTuple):
@@ -67,16 +72,18 @@ class Document(NamedTuple):
 
 
 def document(
-    summary: pd.DataFrame, columns: Columns, title: str, notes: Sequence[str], marks: Mapping[str, str]
+    summary: pd.DataFrame, columns: Columns, title: str, notes: Sequence[str], beside: Supplement = NOTHING
 ) -> Document:
-    """Arrange a summary by family and group; headings say what is in ``marks`` (family -> text)."""
+    """Arrange a summary by family and group; headings, rows and remarks say what is ``beside`` the scores."""
     sections = []
     for name, of_family in summary.groupby("family", sort=False):
         family, measured = str(name), of_family.loc[of_family["mean"].notna(), "column"]
         groups = grouped(chosen(columns, measured))
-        tables = [table(of_family, group, shown) for group, shown in groups.items()]
-        rows, title_of = of_family["row"].unique().tolist(), family_heading(family, marks)
-        sections.append(Section(family, title_of, rows, tables, unscored(of_family)))
+        unreached = beside.unreached.get(family, ())
+        tables = [table(of_family, group, shown, unreached) for group, shown in groups.items()]
+        rows, title_of = of_family["row"].unique().tolist(), family_heading(family, beside.marks)
+        remarks = beside.remarks.get(family, ())
+        sections.append(Section(family, title_of, rows, tables, unscored(of_family), remarks))
     return Document(title, sections, missing(summary), list(notes), legend(summary))
 
 
@@ -89,8 +96,8 @@ def family_heading(family: str, marks: Mapping[str, str]) -> str:
     return family
 
 
-def table(of_family: pd.DataFrame, caption: str, columns: Columns) -> Table:
-    """Return the table of some columns for all rows of a family."""
+def table(of_family: pd.DataFrame, caption: str, columns: Columns, unreached: Sequence[str] = ()) -> Table:
+    """Return the table of some columns for all rows of a family; rows ``unreached`` have no numbers."""
     entries = {}
     for name, column in columns.items():
         measured = (of_family["column"] == name) & of_family["mean"].notna()
@@ -98,6 +105,8 @@ def table(of_family: pd.DataFrame, caption: str, columns: Columns) -> Table:
     rows = {}
     for row in of_family["row"].unique():
         rows[row] = {name: of_column.get(row) for name, of_column in entries.items()}
+    for row in unreached:
+        rows[row] = dict.fromkeys(columns, _UNREACHED)
     return Table(caption, columns, rows)
 
 
@@ -119,22 +128,6 @@ def best_methods(means: pd.Series[float], direction: Direction) -> set[str]:
         return set()
     top = methods.max() if direction == "up" else methods.min()
     return set(methods.index[methods == top])
-
-
-def number(value: float, decimals: int | None, digits: int = 3) -> str:
-    """Render a value with fixed decimals, for None with ``digits`` significant ones; no negative zero.
-
-    It is rounded as in the CSV files first: whoever reads those shows the same digits.
-    """
-    value = float(f"{value:{WRITTEN}}")
-    if decimals is not None:
-        return f"{value:z.{decimals}f}"
-    power = 0
-    if value and math.isfinite(value):
-        power = math.floor(math.log10(abs(value)))
-    if not -4 <= power <= 5:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:z.{max(0, digits - 1 - power)}f}"
 
 
 def unscored(of_family: pd.DataFrame) -> list[str]:

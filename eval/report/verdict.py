@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.stats.claims import FAILS, HOLDS, MISSING, OPEN
+from eval.stats.claims import COLUMNS, FAILS, HOLDS, MISSING, OPEN
 
 
 def verdict(folder: Path) -> list[str]:
@@ -15,7 +15,7 @@ def verdict(folder: Path) -> list[str]:
 
     Claims whose rows or columns are not in the results are counted alone. No lines where nothing was tested.
     """
-    judged = pd.read_csv(folder / "claims.csv", keep_default_na=False, na_values=[""])
+    judged = read_claims(folder)
     if judged.empty:
         return []
     first = judged[judged["family"] == judged["family"].iloc[0]].drop_duplicates("claim")
@@ -29,6 +29,14 @@ def verdict(folder: Path) -> list[str]:
         f"claims that do not hold here: {_listed(first, FAILS)}",
         open_line,
     ]
+
+
+def read_claims(folder: Path) -> pd.DataFrame:
+    """Return ``claims.csv``; without lines for results that are older than it."""
+    path = folder / "claims.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def _listed(claims: pd.DataFrame, verdict: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from eval.columns import BOOTSTRAP
 from eval.report import figures, page, tables
 from eval.report.layout import Columns, chosen, in_order, write_columns
+from eval.report.numbers import WRITTEN
 from eval.report.supplement import NOTHING, Supplement
 from eval.stats import claims, comparisons, families, fronts
 from eval.stats.derived import DERIVED
@@ -47,20 +48,19 @@ def write(
     compared = comparisons.comparisons(measured, against, decimals)
     tested = supplement.ledger.claims if supplement.ledger is not None else {}
     judged = claims.judge(measured, tested, decimals)
+    summary = families.summary(measured)
     if supplement.tried is not None:
         supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
-    summary = families.summary(measured)
-    document = tables.document(summary, columns, title, notes, supplement.marks)
+    document = tables.document(summary, columns, title, notes, supplement)
     folder.mkdir(parents=True, exist_ok=True)
-    _csv(summary, folder / "summary.csv")
-    _csv(compared, folder / "comparisons.csv")
-    _csv(judged, folder / "claims.csv")
+    proof = page.Proof(compared, judged, summary)
+    for name, frame in proof._asdict().items():
+        _csv(frame, folder / f"{name}.csv")
     write_columns(chosen(columns, summary["column"]), folder / "columns.csv")
     _write_supplement(folder, supplement)
     (folder / "table.md").write_text(tables.markdown(document), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(document), encoding="utf-8")
     drawn = figures.write(folder / "figures", measured, scores, columns, notes, supplement)
-    proof = page.Proof(compared, judged, summary)
     text = page.html(document, columns, proof, drawn, supplement, folder)
     (folder / "report.html").write_text(text, encoding="utf-8")
 
@@ -78,4 +78,4 @@ def _write_supplement(folder: Path, supplement: Supplement) -> None:
 
 
 def _csv(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, float_format=f"%{tables.WRITTEN}", lineterminator="\n")
+    frame.to_csv(path, index=False, float_format=f"%{WRITTEN}", lineterminator="\n")

@@ -105,7 +105,8 @@ def with_safety(columns: Mapping[str, Estimate]) -> dict[str, Estimate]:
 def _safety(sides: Sequence[Estimate]) -> Estimate:
     def less(values: Floats) -> Floats:
         signs = np.array([2.0, -2.0]).reshape(2, *[1] * (values.ndim - 1))  # their mean is the difference
-        return values * signs
+        signed: Floats = values * signs
+        return signed
 
     return combined(SAFETY, "up", sides, less)
 
@@ -119,7 +120,7 @@ def _of_claim(
 ) -> list[dict[str, Any]]:
     lines = []
     for test in claim.tests:
-        fields = {"row": test.row, "column": test.column, "against": test.against}
+        fields: dict[str, Any] = {"row": test.row, "column": test.column, "against": test.against}
         fields |= {"factor": test.factor, "margin": test.margin}
         lines.append({"family": family, "claim": name, "says": claim.says, **fields})
         if test.column in columns:

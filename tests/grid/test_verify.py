@@ -217,6 +217,7 @@ def test_reference_copies_the_results_and_refreshes_the_readme_which_a_run_leave
 ) -> None:
     project = desk.results.parent
     (project / "README.md").write_text(README)
+    (project / "docs").mkdir()
     monkeypatch.setattr("eval.grid.reference.ROOT", project)
     monkeypatch.setattr("eval.grid.reference.COMMITTED", desk.committed.parent)
     assert desk.call("mode=report").code == 0
@@ -225,9 +226,11 @@ def test_reference_copies_the_results_and_refreshes_the_readme_which_a_run_leave
     said = desk.call("mode=reference")
     assert said.code == 0, said.err
     assert said.out == f"committed results in {desk.committed}\n"
-    assert tree(desk.committed).keys() == tree(desk.folder).keys()
+    pictures = {name for name in tree(desk.folder) if name.endswith(".svg")}  # report.html holds them all
+    assert pictures and tree(desk.committed).keys() == tree(desk.folder).keys() - pictures
+    assert "## small\n" in (project / "docs" / "results.md").read_text()
     block = (project / "README.md").read_text()
-    assert "| average" in block and "old" not in block
+    assert "| average" in block and "\nold\n" not in block
     assert desk.call().code == 0
     assert (project / "README.md").read_text() == block
 

@@ -6,6 +6,7 @@ import base64
 import itertools
 import math
 import re
+import shutil
 import zlib
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 from alignmerge.engine.faults import BadRequest
 from eval.columns import Column
 from eval.report import canvas, figures, fronts, heatmap, layout, main_table, profiles, tables
+from eval.report.ledger import Ledger, Number, read_ledger
+from eval.report.results_page import results_page
 from eval.report.supplement import Supplement
 from eval.report.write import write
 from eval.scorers.aqi import AQI
@@ -38,6 +41,7 @@ from eval.scorers.toxicity import Toxicity
 from eval.scorers.utility import Utility
 from eval.stats import derived, families
 from eval.stats import estimates as stats
+from eval.stats.claims import Bound, Claim
 from eval.stats.fronts import Fronts
 from eval.stats.fronts import fronts as fronts_of
 
@@ -236,6 +240,18 @@ def along_training() -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+LEDGER = Ledger(
+    paper="a paper",
+    sources={"figure": "figure"},
+    models={"Mistral 7B": "paper/mistral"},
+    claims={"safer": Claim(says="safer", source="figure", tests=[Bound(column="aqi", against="average")])},
+    numbers={
+        "aqi": Number(
+            says="AQI of AlignMerge", value=0.75, decimals=2, model="Mistral 7B", source="figure",
+            row="alignmerge", column="aqi", tolerance=0.03, claim="safer",
+        )
+    },
+)  # fmt: skip
 GATES = pd.DataFrame(
     {
         "family": ["tiny/llama3", "tiny/phi3"],
@@ -287,6 +303,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tried=tried_on_dev(FAMILIES)[lambda frame: frame["row"].isin(WORLD)],
             gates=GATES,
             marks={"tiny/phi3": "gates missed: seed 0"},
+            unreached={"tiny/phi3": ["ties/matched"]},
+            remarks={"tiny/llama3": ["ties is the better on dev"]},
+            ledger=LEDGER,
         ),
     )
     return folder
@@ -936,7 +955,7 @@ def stale(readme: Path, results_root: Path) -> list[str]:
     return found
 
 
-def test_readme_block_has_all_rows_with_intervals(report: Path) -> None:
+def test_readme_block_has_ten_rows_with_intervals_and_the_numbers_of_the_table(report: Path) -> None:
     block = main_table.block(report)
     header, _, *body = [line for line in block.splitlines() if line.startswith("|")]
     shown = [
@@ -948,8 +967,17 @@ def test_readme_block_has_all_rows_with_intervals(report: Path) -> None:
         "gibberish rate ↓",
     ]
     assert split(header) == ["row", *shown]
-    assert len(body) == len(ROWS)
+    names = [split(line)[0].replace("\\", "") for line in body]
+    assert names == [row for row in stats.ordered(ROWS) if row in main_table.IN_SHORT] and len(body) <= 10
     assert all(re.search(r"\d(\*\*)? \[-?\d", cell) for line in body for cell in split(line)[1:])
+    full = (report / "table.md").read_text()
+    assert all(cell in full for line in body for cell in split(line))  # digits and bold alike
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1, 1), st.sampled_from([1, 2, 3, None]))
+def test_a_number_has_the_same_digits_from_memory_and_from_the_csv(value: float, decimals: int | None) -> None:
+    assert tables.number(value, decimals) == tables.number(float(f"{value:.6g}"), decimals)
 
 
 def test_splice_replaces_one_block_and_nothing_else() -> None:
@@ -964,16 +992,20 @@ def test_splice_replaces_one_block_and_nothing_else() -> None:
 
 def test_readme_block_of_several_families_is_their_mean_with_figures(world: Path, tmp_path: Path) -> None:
     block = main_table.block(world)
-    assert block.startswith("**all families** (mean over tiny/llama3, tiny/phi3)\n")
+    assert block.startswith("- claims that hold here (1 of 1; all families") and block.count("\n- claims ") == 2
+    assert "\n**all families** (mean over tiny/llama3, tiny/phi3)\n" in block
     body = [line for line in block.splitlines() if line.startswith("|")][2:]
     assert [split(line)[0].replace("\\", "") for line in body] == [
-        row for row in stats.ordered([*WORLD, "pretrained"]) if row != "ties"
+        "base",
+        "anchor",
+        "average",
+        "fisher_soup",
+        "alignmerge",
     ]
     assert re.findall(r"\]\((.*?)\)", block) == [
-        "results/reference/tiny/table.md",
+        "results/reference/tiny/figures/front.png",
+        "docs/results.md",
         "results/reference/tiny/report.html",
-        "results/reference/tiny/figures/overview.png",
-        "results/reference/tiny/figures/training.png",
     ]
     page = tmp_path / "README.md"
     page.write_text(f"<!-- results:tiny -->\n{block}\n<!-- /results:tiny -->\n", encoding="utf-8")
@@ -990,7 +1022,29 @@ def test_stale_blocks_are_named(report: Path, tmp_path: Path) -> None:
     assert stale(page, report.parent) == ["smollm2", "gone"]
 
 
-def test_readme_of_this_project_is_fresh() -> None:
+def test_readme_and_results_of_this_project_are_fresh() -> None:
     """Once README.md has results markers, each block must be what its results folder says."""
-    if README.is_file():
-        assert stale(README, RESULTS) == []
+    assert stale(README, RESULTS) == [] and main_table.names(README.read_text()) == ["tiny"]
+    assert (README.parent / "docs" / "results.md").read_text() == results_page(RESULTS, read_ledger())
+
+
+def test_results_page_has_all_rows_claims_and_the_ledger(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(world, folder)
+    text = results_page(tmp_path, LEDGER)
+    assert "| AQI of AlignMerge | figure | 0.75 | 0." in text and text.count(" not run ") == 2  # smollm2, paper
+    assert "| safer | " in text and "AQI: alignmerge less average +0.0" in text
+    for row in ("fisher\\_soup", "expert:format", "alignmerge"):
+        assert f"| {row}" in text
+    assert "[claims.csv](../results/reference/tiny/claims.csv)" in text
+
+
+def test_the_page_shows_claims_and_ledger_and_what_stands_below_tables(world: Path) -> None:
+    text = " ".join("".join(Page((world / "report.html").read_text()).text).split())
+    assert "Ledger: the paper's numbers and ours" in text and "reproduced" in text
+    assert "safer" in text and "AQI: alignmerge less average +0.0" in text
+    for name in ("table.md", "report.html", "table.tex"):
+        assert "ties is the better on dev" in (world / name).read_text()
+    table = (world / "table.md").read_text()
+    rows = [split(line) for line in table.splitlines() if line.startswith("| ties/matched")]
+    assert rows and all(set(row[1:]) == {"not reached"} for row in rows)
