@@ -28,7 +28,8 @@ from alignmerge.spaces import STAYS, Coefficients, Displacement, Space
 VERSION = 1  # of the anchor's A: raised when its numbers change
 STEPS = 5
 HALVINGS = 6  # how often a step that does not lower the objective is halved, for a forward pass each
-STATIONARY = 1e-3  # relative distance from z to the minimiser of its own linearisation at the end
+STATIONARY = 1e-2  # relative distance from z to the minimiser of its own linearisation at the end
+SETTLED = 1e-3  # share of what the steps have gained that the last one has to gain for another
 MET = 0.005  # largest gap A_min - A at which a budget counts as met: a finite lambda_bud leaves one
 
 
@@ -78,39 +79,62 @@ def budgeted(quadratic: Quadratic) -> Displacement:
 def spend(functional: Alignment, space: Space, a_min: float, lambda_bud: float) -> Spent:
     """Lower z^T M z + lambda_bud max(0, A_min - A)^2 from z = 0 by at most ``STEPS`` quadratic steps.
 
-    A step that does not lower the objective itself is shortened, and the next one starts at no more
-    than twice its share. Stops where z minimises its own linearisation.
+    Stops where z minimises its own linearisation, and where a step gains next to nothing.
     """
     value = functional.value({})
     trace = [{"a": value, "cost": 0.0, "l_bud": l_bud(value, a_min), "share": 0.0}]
     if value >= a_min:
         return Spent(None, value, 0.0, 0.0, trace)
-    z = force = torch.zeros(0)  # force: M z
-    cost, residual, share = 0.0, 1.0, 1.0
+    at = Place(torch.zeros(0), torch.zeros(0), value, 0.0, lambda_bud * l_bud(value, a_min))
+    residual, share, settled, highest = 1.0, 1.0, False, at.objective
     for step in range(STEPS + 1):
         pull = space.pull(functional.gradient())
         natural = space.solve(pull)
-        if not len(z):
-            z = force = torch.zeros_like(pull)
-        mu = hinge_multiplier(a_min - value + float(pull @ z), float(pull @ natural), lambda_bud)
-        ahead, ahead_force = mu * natural - z, mu * pull - force
+        if not len(at.z):
+            at = at._replace(z=torch.zeros_like(pull), force=torch.zeros_like(pull))
+        mu = hinge_multiplier(a_min - at.value + float(pull @ at.z), float(pull @ natural), lambda_bud)
+        ahead, ahead_force = mu * natural - at.z, mu * pull - at.force
         length = mu**2 * float(pull @ natural)
         residual = math.sqrt(max(0.0, float(ahead @ ahead_force)) / length) if length > 0 else 0.0
-        if residual <= STATIONARY or step == STEPS:
+        if residual <= STATIONARY or settled or step == STEPS:
             break
-        objective = cost + lambda_bud * l_bud(value, a_min)
-        longest = min(1.0, 2 * share)
-        for halving in range(HALVINGS + 1):
-            share = longest * 0.5**halving
-            there, there_force = z + share * ahead, force + share * ahead_force
-            found, price = functional.value(space.displacement(there)), float(there @ there_force)
-            if price + lambda_bud * l_bud(found, a_min) < objective:
-                break
-        else:
+        before = at.objective
+        at, share = _line(functional, space, at, (ahead, ahead_force), (a_min, lambda_bud), min(1.0, 2 * share))
+        if at.objective >= before:
             break
-        z, force, value, cost = there, there_force, found, price
-        trace.append({"a": value, "cost": cost, "l_bud": l_bud(value, a_min), "share": share})
-    return Spent(z, value, cost, residual, trace)
+        settled = before - at.objective <= SETTLED * (highest - at.objective)
+        trace.append({"a": at.value, "cost": at.cost, "l_bud": l_bud(at.value, a_min), "share": share})
+    return Spent(at.z, at.value, at.cost, residual, trace)
+
+
+class Place(NamedTuple):
+    """A point on the way."""
+
+    z: Tensor
+    force: Tensor  # M z
+    value: float  # A
+    cost: float  # z^T M z
+    objective: float
+
+
+def _line(
+    functional: Alignment,
+    space: Space,
+    at: Place,
+    ahead: tuple[Tensor, Tensor],
+    budget: tuple[float, float],
+    share: float,
+) -> tuple[Place, float]:
+    """Go ``share`` of the way ahead (z and M z), halved until the objective itself is lower; else stay."""
+    a_min, lambda_bud = budget
+    for _ in range(HALVINGS + 1):
+        z, force = at.z + share * ahead[0], at.force + share * ahead[1]
+        value, cost = functional.value(space.displacement(z)), float(z @ force)
+        there = Place(z, force, value, cost, cost + lambda_bud * l_bud(value, a_min))
+        if there.objective < at.objective:
+            return there, share
+        share /= 2
+    return at, share
 
 
 def _least(quadratic: Quadratic, probes: Probes) -> tuple[float, dict[str, float]]:

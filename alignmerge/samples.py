@@ -41,9 +41,8 @@ class Samples(Quadratic):
         self.rows: Rows = ExampleRows(partial(ctx.loaded, self.point), examples, PRECISION)
         found = self._gram(self.rows, {})
         if method.subspace_from == "random":
-            drawn = {"random": ctx.seed}
-            self.rows = RandomRows(self.inverse, found.names, ctx.seed, found.kernel.sum(0))
-            found = self._gram(self.rows, drawn)
+            random = RandomRows(self.inverse, found.names, ctx.seed, self._turn(found))
+            self.rows, found = random, self._gram(random, {"random": ctx.seed})
         self.names, self.blocks = found.names, blocks_of(found.names)
         self.kernels, self.pool_along = found.kernel, found.along
         self.soup_along = self._soup_along(found)
@@ -134,6 +133,16 @@ class Samples(Quadratic):
             return {"names": names}
 
         return Seen(ctx.cached("gram", recipe, make))
+
+    def _turn(self, real: Seen) -> Tensor:
+        """T of random rows with the Gram matrix of the real ones."""
+        names, seed = real.names, self.ctx.seed
+
+        def make(folder: Path) -> None:
+            save_tensors(folder, {"turn": turn(self.inverse, names, seed, real.kernel.sum(0))})
+
+        stored = load_tensors(self.ctx.cached("along", {"rows": real.artifact.key, "turn": seed}, make).path)
+        return stored.read("turn", dtype=torch.float64)
 
     def _soup_along(self, seen: Seen) -> Tensor:
         """J (soup - theta_IT) by block, (blocks, n)."""
@@ -237,15 +246,9 @@ class RandomRows(Rows):
     them. W is drawn again for each question, weight by weight, from the seed and the weight's name.
     """
 
-    def __init__(self, inverse_metric: Part, names: Sequence[str], seed: int, kernel: Tensor) -> None:
-        """Take the diagonal of G^-1 by weight name, and K (n, n) float64; draws all of W once, for T."""
-        self._inverse, self._names, self._seed = inverse_metric, names, seed
-        self._count = len(kernel)
-        white = sum((noise @ noise.T for noise in map(self._noise, names)), torch.zeros(()))
-        values, vectors = torch.linalg.eigh(kernel)
-        noise_values, noise_vectors = torch.linalg.eigh(white)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        self._turn = root @ (noise_vectors * noise_values.rsqrt()) @ noise_vectors.T
+    def __init__(self, inverse_metric: Part, names: Sequence[str], seed: int, turned: Tensor) -> None:
+        """Take the diagonal of G^-1 by weight name, and T (n, n) float64, what ``turn`` returns."""
+        self._inverse, self._names, self._seed, self._turn = inverse_metric, names, seed, turned
 
     def gram(self, inverse_metric: Part, columns: Part) -> tuple[list[str], Gram]:
         """The weights' names, K and J x_m by block; ``inverse_metric`` is the one that the rows are made for."""
@@ -262,7 +265,7 @@ class RandomRows(Rows):
 
     def along(self, columns: Columns, count: int) -> Tensor:
         """J [x_1 ... x_count]."""
-        found = torch.zeros(self._count, count, dtype=torch.float64)
+        found = torch.zeros(len(self._turn), count, dtype=torch.float64)
         for name in self._names:
             noise = self._noise(name)
             for column, x in columns(name).items():
@@ -279,8 +282,22 @@ class RandomRows(Rows):
         return found
 
     def _noise(self, name: str) -> Tensor:
-        generator = torch_stream(self._seed, "random rows", name)
-        return torch.randn(self._count, self._inverse(name).numel(), generator=generator).double()
+        return _white(self._seed, name, len(self._turn), self._inverse(name).numel())
+
+
+def turn(inverse_metric: Part, names: Sequence[str], seed: int, kernel: Tensor) -> Tensor:
+    """T with T W W^T T^T = K, (n, n) float64; draws all of W once."""
+    noise = (_white(seed, name, len(kernel), inverse_metric(name).numel()) for name in names)
+    white = sum((one @ one.T for one in noise), torch.zeros(()))
+    values, vectors = torch.linalg.eigh(kernel)
+    noise_values, noise_vectors = torch.linalg.eigh(white)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    found: Tensor = root @ (noise_vectors * noise_values.rsqrt()) @ noise_vectors.T
+    return found
+
+
+def _white(seed: int, name: str, rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch_stream(seed, "random rows", name)).double()
 
 
 class SampleSpace:

@@ -30,7 +30,7 @@ SAMPLE = 300
 """Manifests that are read of a stage, at most: their names are hashes, so these are a random sample."""
 MADE_BY = {"random", "native", "recipe", "gguf"}
 """What the recipe of a family's model has one of; the stage also keeps merges that methods start from."""
-STATISTICS = ("bases", "fisher", "gradient", "gram", "nll")
+STATISTICS = ("along", "bases", "fisher", "gradient", "gram", "nll", "probed")
 STAGES = dict.fromkeys(STATISTICS, "statistics") | {"models": "models", "merges": "merges", "scores": ""}
 """Stage of the store -> kind of work; scores are told apart by scorer and split."""
 SCORES = "scores by {} on {}"

@@ -38,7 +38,7 @@ from alignmerge.engine.store import Store
 from alignmerge.kronecker import Kronecker, ShieldSpace
 from alignmerge.meter import REPLICATES, Alignment, Meter
 from alignmerge.objective import hinge_multiplier, l_bud
-from alignmerge.samples import ExampleRows, RandomRows, SampleSpace
+from alignmerge.samples import ExampleRows, RandomRows, SampleSpace, turn
 from alignmerge.spaces import Coefficients, Space, block_metric, blocks_of
 from alignmerge.subspace import Basis, Shield, generalised_basis
 from alignmerge.zoo import sets
@@ -451,15 +451,19 @@ def test_random_rows_have_the_gram_matrix_of_the_real_ones_and_other_directions(
     metric = 0.1 + normal(linear.J.shape[1]).square()
     parts = cut(linear, 1 / metric)
     kernel = (linear.J / metric) @ linear.J.T
-    rows = RandomRows(parts.__getitem__, linear.names, 0, kernel)
+
+    def random(seed: int) -> RandomRows:
+        turned = turn(parts.__getitem__, linear.names, seed, kernel)
+        return RandomRows(parts.__getitem__, linear.names, seed, turned)
+
+    rows = random(0)
     units = torch.eye(len(kernel), dtype=torch.float64)
     J = torch.stack([glued(linear, rows.combine(unit)) for unit in units])
     torch.testing.assert_close((J / metric) @ J.T, kernel, rtol=1e-4, atol=1e-5 * float(kernel.max()))
     x = normal(linear.J.shape[1])
     along = rows.along(lambda name: {0: cut(linear, x)[name]}, 1)[:, 0]
     torch.testing.assert_close(along, J @ x, rtol=1e-4, atol=1e-4 * float((J @ x).abs().max()))
-    again = RandomRows(parts.__getitem__, linear.names, 0, kernel).combine(units[0])
-    other = RandomRows(parts.__getitem__, linear.names, 1, kernel).combine(units[0])
+    again, other = random(0).combine(units[0]), random(1).combine(units[0])
     assert torch.equal(glued(linear, again), J[0]) and not torch.allclose(glued(linear, other), J[0])
     cosines = ((J / metric) @ linear.J.T) / (kernel.diagonal().sqrt() * kernel.diagonal().sqrt().unsqueeze(1))
     assert float(cosines.abs().max()) < 6 / math.sqrt(len(metric))
@@ -668,7 +672,7 @@ def test_a_budget_keeps_a_projection(family: Bench, precise: None, form: dict[st
             .mean(0)
         )
         G = G / G.mean() + DAMPING
-        values, vectors = torch.linalg.eigh((J / G) @ J.T)
+        _, vectors = torch.linalg.eigh((J / G) @ J.T)
         leading = vectors[:, -3:].T @ J
         drift, before = (float((leading @ flat(x)).norm()) for x in (rules, family.models_apart()))
         assert drift < 1e-3 * before
