@@ -204,7 +204,8 @@ class Findings:
         mergers = [one.cell.merger for one in self.rows if one.cell.merger is not None]
         made = of_making(scorers, mergers)
         told = {"experiment": self.experiment.grid.name, "families": families}
-        return {**told, "aliases": self.choice.readings, **made}
+        chosen = {"aliases": self.choice.readings, "left_out": self.choice.left_out}
+        return {**told, **chosen, **made}
 
     def _of_seed(self, zoo: Zoo) -> dict[str, Any]:
         """Return what a manifest says of one family with one seed."""
@@ -280,8 +281,9 @@ def _notes_on_choice(experiment: Experiment, choice: Choice) -> list[str]:
     if choice.matched is not None:
         target = f"{experiment.grid.matched_refusal:g}, at most {NEAR:g} away"
         notes.append(f"'{MATCHED}' rows: the setting with the dev refusal rate nearest to {target}.")
-        for row, lines in choice.matched.groupby("row", sort=False):
-            notes.append(f"{row}, refusal rate on dev: {', '.join(map(_rate, lines.to_dict('records')))}.")
+        for name in choice.matched["row"].unique():
+            lines = choice.matched[choice.matched["row"] == name].to_dict("records")
+            notes.append(f"{name}, refusal rate on dev: {', '.join(map(_rate, lines))}.")
     return notes + _notes_on_excluded(choice)
 
 
@@ -292,17 +294,15 @@ def _rate(line: Mapping[Any, Any]) -> str:
 
 
 def _notes_on_excluded(choice: Choice) -> list[str]:
-    """Say how many settings of each row were not eligible in a family, and why the first was not."""
+    """Say how many settings of a row were not eligible in a family, and why the first was not."""
     if choice.points is None:
         return []
     notes = []
-    excluded = choice.points[choice.points["excluded"] != ""]
-    tried = choice.points.groupby(["family", "row"]).size()
-    for (family, row), lines in excluded.groupby(["family", "row"], sort=False):
-        reason = lines["excluded"].iloc[0]
-        notes.append(
-            f"{row} ({family}): {len(lines)} of {tried[family, row]} settings not eligible ({reason})."
-        )
+    for (family, row), lines in choice.points.groupby(["family", "row"], sort=False):
+        reasons = [reason for reason in lines["excluded"] if reason]
+        if reasons:
+            counted = f"{len(reasons)} of {len(lines)} settings not eligible"
+            notes.append(f"{row} ({family}): {counted} ({reasons[0]}).")
     return notes
 
 

@@ -34,6 +34,8 @@ class Choice(NamedTuple):
     nearest to ``target``, that rate (``dev``), and whether it was ``reached``; None without such rows."""
     readings: Mapping[str, Mapping[str, str]] = {}
     """Family -> row that is the best of others -> the one that it is."""
+    left_out: Mapping[str, Sequence[str]] = {}
+    """Family -> rows for which no setting was eligible, or near enough to the matched rate."""
 
 
 def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:
@@ -58,6 +60,7 @@ def choose(experiment: Experiment, results: Sequence[CellResult]) -> Choice:
         points if len(points) else None,
         pd.DataFrame(matched) if matched else None,
         {choice.name: choice.readings for choice in families},
+        {choice.name: choice.left_out() for choice in families},
     )
 
 
@@ -109,6 +112,14 @@ class _Family:
         """Return the methods in the order of the tables."""
         names = self.experiment.grid.row_names()
         return {name: self.mergers[name] for name in names if name in self.mergers}
+
+    def left_out(self) -> list[str]:
+        """Return the rows that selection leaves without a model; none before every setting is measured."""
+        grid = self.experiment.grid
+        measured = int((self.points["family"] == self.name).sum())
+        if measured < sum(len(row.tried) for row in grid.rows.values()):
+            return []
+        return [name for name in grid.row_names() if name not in self.mergers]
 
     def _eligible(self, row: str) -> pd.DataFrame:
         points = self.points

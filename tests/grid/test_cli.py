@@ -263,7 +263,7 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["experiment=smoke", PLAN, "+grid.dev_scorers={judg: {}, aqi: {layer: 1}}", "+grid.rows.ties.mached=true"],
      [f"grid.dev_scorers.judg: no such choice; allowed: judge? {SCORERS}",
       "grid.dev_scorers.aqi.layer: unknown key; allowed: layers? layers, replicates",
-      "grid.rows.ties.mached: unknown key; allowed: matched? fixed, matched, method, settings, swept"]),
+      "grid.rows.ties.mached: unknown key; allowed: matched? best_of, fixed, like, matched, method, settings, swept"]),
     (["experiment=smoke", PLAN, "grid.rows.ties.method=tiez", "+grid.rows.average.fixed={q: 1}"],
      ["grid.rows.average.q: unknown key; allowed: no key",
       f"grid.rows.ties.method: tiez; allowed: {', '.join(METHODS)}"]),
@@ -611,7 +611,7 @@ def test_plan_reads_headers_only_and_says_what_is_needed(
     assert all(f"  {key}: local:" in result.out for key in ("base", "anchor", "experts.math", "experts.code"))
     assert tree(desk) == {}
     made = call(PLAN, "experiment=smoke")
-    assert made.code == 0 and "8 settings on the dev split, then 21 rows on the test split" in made.out
+    assert made.code == 0 and "10 settings on the dev split, then 24 rows on the test split" in made.out
     assert "anchor: zoo:anchor (to be made)" in made.out
     assert tree(desk) == {}
 
@@ -621,7 +621,7 @@ def test_status_of_an_empty_store(folders: dict[str, Path], desk: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.splitlines()[-1] == "0 done, 0 failed, 5 missing"
     result = call("mode=status", "experiment=smoke")
-    assert result.out.splitlines()[-1] == "0 done, 0 failed, 12 missing"
+    assert result.out.splitlines()[-1] == "0 done, 0 failed, 16 missing"
     assert tree(desk) == {}
 
 

@@ -197,7 +197,7 @@ def test_every_row_has_every_column(smoke: Smoke) -> None:
         assert line["family"] == "smoke" and int(line["n"]) >= 1 and int(line["seeds"]) == 1
         assert line["column"] not in have.setdefault(line["row"], set())
         have[line["row"]].add(line["column"])
-    assert sorted(have) == sorted(smoke.rows()) and len(have) >= 23
+    assert sorted(have) == sorted(smoke.rows()) and len(have) >= 22  # and the matched rows that were reached
     assert set.intersection(*have.values()) >= COLUMNS
     for text in ((smoke.folder / "table.md").read_text(), (smoke.folder / "table.tex").read_text()):
         assert all(row.split("/")[0].split("_")[0] in text for row in have)

@@ -191,6 +191,7 @@ def test_a_matched_row_comes_within_5_points_or_is_not_reached(tmp_path: Path) -
     assert list(lines["target"]) == [0.6, 0.6] and list(lines["dev"]) == [0.66, 0.54]
     assert list(lines["reached"]) == [False, False]
     assert not {"best/matched", "interpolate/matched"} & set(choice.mergers["smoke"])
+    assert choice.left_out == {"smoke": ["best/matched", "interpolate/matched"]}
     choice = chosen(experiment(tmp_path, matched_refusal=0.61))
     assert choice.matched is not None and list(choice.matched["reached"]) == [True, False]
     assert choice.mergers["smoke"]["best/matched"] == choice.mergers["smoke"]["ties/per_tensor"]
@@ -244,3 +245,10 @@ def test_a_wrong_field_of_a_control_is_named_as_the_controls(tmp_path: Path) -> 
     of = experiment(tmp_path, rows={**ROWS, "control": {"like": "best", "fixed": {"sale": 1.0}}})
     with pytest.raises(BadRequest, match=r"grid\.rows\.control\.sale: unknown key; allowed: scale\? "):
         of.check()
+
+
+def test_before_every_setting_is_measured_no_row_is_left_out(tmp_path: Path) -> None:
+    """A setting that failed is missing, which is another thing than not eligible."""
+    of = experiment(tmp_path)
+    measured: Any = [Measured(cell, TRIED[cell.row, cell.setting]) for cell in of.dev_cells()[1:]]
+    assert choose(of, measured).left_out == {"smoke": []}

@@ -47,6 +47,7 @@ def test_recorded_times_are_used(tmp_path: Path) -> None:
     assert forecast.recorded
     assert forecast.stages["models (anchor, experts)"].expected == pytest.approx(30 * 20 / ((1 + 3 * 20) / 4))
     dev = forecast.stages["settings on dev"]
-    assert dev.expected == pytest.approx(2.0 + 7.0 + 0.4)  # merge, judge as recorded, utility as guessed
+    # merge (10 settings; 2 experts have none) and judge as recorded, utility as guessed
+    assert dev.expected == pytest.approx(2.0 * 10 / 12 + 7.0 + 0.4)
     whole = sum(stage.total * stage.expected for stage in forecast.stages.values())
     assert forecast.left(forecast.started) == pytest.approx(whole + REPORT_SECONDS)
