@@ -42,8 +42,8 @@ SPANS = {"training": 2.0, "merging": 0.3, "scoring": 1.0, "reporting": 0.8}
 """Within so many seconds of a stage's first folder the kill comes."""
 GIVEN = {"assets", "calibration"}
 """Stages that are lent to every store: packages, and what is computed from them alone."""
-DROPPED = {"weights", "failed"}
-"""What no finished store has to hold: weights are deleted after use."""
+DROPPED = {"weights", "failed", "reports"}
+"""What no finished store has to hold, and reports: their keys hold the seconds of merges; their files are compared."""
 PASSING = {"git", "cpu", "seconds"}
 SAME = {True: "the same digests", False: "other digests"}
 SECONDS = 600
@@ -277,12 +277,18 @@ def _lost(place: Place, before: Contents, wanted: Contents) -> bool:
 
 def _digest(folder: Path, facts: dict[str, Any]) -> str:
     """Return the sha256 of the files of a folder and of what its manifest says of them."""
-    told = {key: value for key, value in facts.items() if key not in PASSING}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_lasting(facts), sort_keys=True).encode())
     for file in sorted(filter(Path.is_file, folder.rglob("*"))):
         if file.name != "manifest.json":
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    """Return what a manifest says without what passes: times, the commit, the CPU."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _lasting(one) for key, one in value.items() if key not in PASSING}
 
 
 def alive(group: int) -> list[str]:
