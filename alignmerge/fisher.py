@@ -17,8 +17,6 @@ from alignmerge.engine.seeding import torch_stream
 from alignmerge.gradients import VERSION, Labels, squares
 from alignmerge.objective import fisher_barycentre
 
-PRECISION = "bfloat16"  # autocast dtype of the passes on checkpoints; sums are fp32
-
 
 def fisher(ctx: MergeContext, of: Checkpoint, examples: str, labels: Labels = "data") -> Checkpoint:
     """Return the diagonal Fisher of a model on an example set: weight name -> (d_out, d_in) fp32.
@@ -28,7 +26,13 @@ def fisher(ctx: MergeContext, of: Checkpoint, examples: str, labels: Labels = "d
     layers.
     """
     data = ctx.examples_digest(examples)
-    recipe = {"of": of.identity, "examples": data, "labels": labels, "precision": PRECISION, "version": VERSION}
+    recipe = {
+        "of": of.identity,
+        "examples": data,
+        "labels": labels,
+        "precision": ctx.precision,
+        "version": VERSION,
+    }
     generator = None
     if labels == "sampled":
         recipe["seed"] = ctx.seed
@@ -36,7 +40,7 @@ def fisher(ctx: MergeContext, of: Checkpoint, examples: str, labels: Labels = "d
 
     def make(folder: Path) -> None:
         model, rows = ctx.loaded(of), ctx.examples(examples)
-        save_tensors(folder, squares(model, rows, labels=labels, generator=generator, precision=PRECISION))
+        save_tensors(folder, squares(model, rows, labels=labels, generator=generator, precision=ctx.precision))
 
     return load_tensors(ctx.cached("fisher", recipe, make).path)
 

@@ -19,7 +19,6 @@ from alignmerge.certificate import Geometry, certify
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from alignmerge.engine.merger import Block, MergeContext, Rule
 from alignmerge.engine.seeding import torch_stream
-from alignmerge.fisher import PRECISION
 from alignmerge.gradients import VERSION, Side, exact_root, kronecker_factors
 from alignmerge.quadratic import Quadratic
 from alignmerge.spaces import (
@@ -178,16 +177,16 @@ class KroneckerBases(NamedTuple):
         ``chart``: ``identity`` puts the identity in the place of the metric data's moment. ``turn``: seed of
         a random rotation of each basis within the metric (the control); None: none.
         """
-        recipe: dict[str, Any] = {"of": point.identity, "precision": PRECISION, "version": VERSION}
+        recipe: dict[str, Any] = {"of": point.identity, "precision": ctx.precision, "version": VERSION}
         recipe |= {"side": side, "chart": chart, "damping": damping}
         recipe |= {"examples": ctx.examples_digest(examples), "metric": ctx.examples_digest("metric")}
 
         def make(folder: Path) -> dict[str, Any]:
             model = ctx.loaded(point)
-            alignment = kronecker_factors(model, ctx.examples(examples), side, precision=PRECISION)
+            alignment = kronecker_factors(model, ctx.examples(examples), side, precision=ctx.precision)
             metric: dict[str, Tensor] = {}
             if chart == "fisher":
-                metric = kronecker_factors(model, ctx.examples("metric"), side, precision=PRECISION).moments
+                metric = kronecker_factors(model, ctx.examples("metric"), side, precision=ctx.precision).moments
             del model  # it and the moments are as large as the bases: hold nothing longer than needed
             save_tensors(folder, _eigenbases(alignment.moments, metric, damping))
             return {"owners": alignment.owners}

@@ -19,7 +19,7 @@ from alignmerge.engine.examples import Example
 from alignmerge.engine.merger import Block, MergeContext, Rule, block_of
 from alignmerge.engine.seeding import torch_stream
 from alignmerge.engine.store import Artifact
-from alignmerge.fisher import PRECISION, damped, fisher, mean_value
+from alignmerge.fisher import damped, fisher, mean_value
 from alignmerge.gradients import VERSION, Gram, Part, Visit, exact_root, gram, visit_gradients, weighted_sum
 from alignmerge.quadratic import Quadratic
 from alignmerge.spaces import Coefficients, Directions, Displacement, Space, Tensors, block_metric, blocks_of
@@ -38,7 +38,7 @@ class Samples(Quadratic):
         super().__init__(method, ctx, weights)
         self.inverse = self._inverse_metric()
         examples = ctx.examples(self.examples)
-        self.rows: Rows = ExampleRows(partial(ctx.loaded, self.point), examples, PRECISION)
+        self.rows: Rows = ExampleRows(partial(ctx.loaded, self.point), examples, ctx.precision)
         found = self._gram(self.rows, {})
         if method.subspace_from == "random":
             random = RandomRows(self.inverse, found.names, ctx.seed, self._turn(found))
@@ -116,7 +116,7 @@ class Samples(Quadratic):
         ctx, method, models = self.ctx, self.method, self.ctx.models
         recipe: dict[str, Any] = {
             "of": self.point.identity,
-            "precision": PRECISION,
+            "precision": ctx.precision,
             "version": VERSION,
             **drawn,
         }
@@ -125,7 +125,7 @@ class Samples(Quadratic):
         recipe |= {"examples": ctx.examples_digest(self.examples), "metric": ctx.examples_digest("metric")}
 
         def deltas(name: str) -> Tensor:
-            return torch.stack(block_of(models, name).deltas)
+            return torch.stack(list(block_of(models, name).deltas))
 
         def make(folder: Path) -> dict[str, Any]:
             names, found = rows.gram(self.inverse, deltas)

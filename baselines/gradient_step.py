@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from alignmerge.engine.merger import Block, Inputs, MergeContext, Rule, average, check_choice, check_range
-from alignmerge.fisher import PRECISION, damped, fisher, mean_value
+from alignmerge.fisher import damped, fisher, mean_value
 from alignmerge.gradients import VERSION, weighted_sum
 from alignmerge.start import Started, begin_at
 
@@ -72,12 +72,12 @@ class GradientStep(Started):
 def _mean_gradient(ctx: MergeContext, point: Checkpoint) -> Checkpoint:
     """Return mean_i g_i on the alignment examples, an artifact that every length shares."""
     data = ctx.examples_digest("alignment")
-    recipe = {"of": point.identity, "examples": data, "precision": PRECISION, "version": VERSION}
+    recipe = {"of": point.identity, "examples": data, "precision": ctx.precision, "version": VERSION}
 
     def make(folder: Path) -> None:
         examples = ctx.examples("alignment")
         uniform = torch.full((len(examples),), 1 / len(examples))
-        save_tensors(folder, weighted_sum(ctx.loaded(point), examples, uniform, precision=PRECISION))
+        save_tensors(folder, weighted_sum(ctx.loaded(point), examples, uniform, precision=ctx.precision))
 
     return load_tensors(ctx.cached("gradient", recipe, make).path)
 

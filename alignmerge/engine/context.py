@@ -37,6 +37,13 @@ class Context:
         self._require(self.inputs.seed, "the seed", "seed=True")
         return self.given_seed
 
+    @property
+    def precision(self) -> str:
+        """The family's dtype, which is that of its forward passes everywhere; half precision is bf16 here."""
+        if self.source.family.dtype == "float32":
+            return "float32"
+        return "bfloat16"
+
     def examples(self, name: str) -> Sequence[Example]:
         """Return a tokenised example set."""
         self._require_examples(name)

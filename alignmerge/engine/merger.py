@@ -229,6 +229,10 @@ class MergeContext(Protocol):
     def seed(self) -> int:
         """The seed of all that is drawn."""
 
+    @property
+    def precision(self) -> str:
+        """Dtype of the passes that statistics are taken on: ``float32`` or ``bfloat16`` (autocast); sums are fp32."""
+
     def examples(self, name: str) -> Sequence[Example]:
         """Return an example set, tokenised: ``alignment``, ``refusals`` (of it), ``metric``, ``utility`` (all
         experts' own), or ``own(alias)``."""

@@ -189,8 +189,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples, baselines.gradient_step):
-        monkeypatch.setattr(module, "PRECISION", "float32")
+    monkeypatch.setattr(Context, "precision", "float32")
 
 
 def fused(checkpoint: Checkpoint) -> bool:

@@ -19,9 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import alignmerge.fisher
-import alignmerge.kronecker
-import alignmerge.samples
 from alignmerge.aqi import LAYERS, mean_aqi
 from alignmerge.budget import HALVINGS, SETTLED, STEPS, spend
 from alignmerge.engine.assets import Assets
@@ -537,8 +534,7 @@ def family(tiny_model: MakesModel, perturbed: Perturbs, tmp_path_factory: pytest
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples):
-        monkeypatch.setattr(module, "PRECISION", "float32")
+    monkeypatch.setattr(Context, "precision", "float32")
 
 
 FORMS: list[dict[str, Any]] = [

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import scipy.linalg
@@ -24,10 +24,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import alignmerge.fisher
-import alignmerge.kronecker
-import alignmerge.samples
-import baselines.gradient_step
 from alignmerge.certificate import CERTIFIED_RANK
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.examples import Example
@@ -390,6 +386,7 @@ class Context:
     folder: Path
     sets: Mapping[str, Sequence[Example]]
     seed: int = 0
+    precision: ClassVar[str] = "bfloat16"
     facts: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, dict[str, float]] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
@@ -495,8 +492,7 @@ def family(tiny_model: MakesModel, perturbed: Perturbs, tmp_path_factory: pytest
 
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (alignmerge.fisher, alignmerge.kronecker, alignmerge.samples, baselines.gradient_step):
-        monkeypatch.setattr(module, "PRECISION", "float32")
+    monkeypatch.setattr(Context, "precision", "float32")
     return
 
 

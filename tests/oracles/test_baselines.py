@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -76,6 +76,7 @@ class Context:
     models: Models
     store: Store
     seed: int = 0
+    precision: ClassVar[str] = "float32"
     facts: dict[str, Any] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
 

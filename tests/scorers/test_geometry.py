@@ -17,7 +17,6 @@ from alignmerge.engine.configuration import build
 from alignmerge.engine.language import load_model
 from alignmerge.engine.merger import REPORTED, Merger, Models
 from alignmerge.engine.store import Store
-from alignmerge.fisher import PRECISION
 from alignmerge.gradients import kronecker_factors
 from eval.grid.request import CONF
 from eval.scorers.geometry import Geometry
@@ -44,7 +43,8 @@ def test_drift_is_that_of_a_dense_projector_onto_the_reported_probes(ctx: Contex
     found = {sample.column: sample.value for sample in scorer.score(subject) if sample.id == "all"}
     model = load_model(ctx.models.base.folder)
     data, metric = (
-        kronecker_factors(model, ctx.sets[name], "input", precision=PRECISION) for name in (REPORTED, "metric")
+        kronecker_factors(model, ctx.sets[name], "input", precision=ctx.precision)
+        for name in (REPORTED, "metric")
     )
     origins = {"drift_anchor": ctx.models.anchor, "drift_base": ctx.models.base}
     wanted = dict.fromkeys(origins, 0.0)

@@ -17,7 +17,6 @@ from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.language import load_model
 from alignmerge.engine.merger import Models
 from alignmerge.engine.store import Store
-from alignmerge.fisher import PRECISION
 from alignmerge.gradients import kronecker_factors
 from alignmerge.subspace import generalised_basis, principal_cosines
 from eval.scorers.subspaces import Subspaces
@@ -63,7 +62,9 @@ def found_for(ctx: Context, model: Checkpoint, **fields: Any) -> dict[tuple[str,
 def test_energies_and_overlap_are_those_of_dense_projectors(ctx: Context) -> None:
     rank, damping = 3, 0.2
     model = load_model(ctx.models.base.folder)
-    moments = {name: kronecker_factors(model, ctx.sets[name], "input", precision=PRECISION) for name in NAMES}
+    moments = {
+        name: kronecker_factors(model, ctx.sets[name], "input", precision=ctx.precision) for name in NAMES
+    }
     inside = {"alignment": 0.0, "utility": 0.0}
     by_chance, cosines, ranks = 0.0, {}, {}
     for name, owner in moments["metric"].owners.items():
