@@ -40,7 +40,8 @@ class Row:
     method: str = ""
     """A file of conf/method, without its ending; empty for what other rows say (``best_of``, ``like``)."""
     best_of: Sequence[str] = ()
-    """Rows of which this one is the better on the dev split: an alias, with no cells of its own."""
+    """Rows of which this one is the better on the dev split: an alias, with no cells of its own. Together they
+    have as many settings as any other row."""
     like: str = ""
     """The row whose selected setting this one takes over, with the fields of ``fixed`` changed: a control."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -137,9 +138,11 @@ class Grid:
                 faults.append(Fault("grid.against", name, f"a row: {', '.join(names)}"))
         for name, row in self.rows.items():
             faults += row.faults(f"grid.rows.{name}", self.rows)
-        counts = {len(row.tried) for row in self.rows.values()} - {0}
+        counts = self._tried()
         if len(counts) > 1:
-            allowed = "the same number of settings for every row that is tuned"
+            allowed = (
+                "the same number of settings for every row that is tuned (a best_of has those of its rows)"
+            )
             faults.append(Fault("grid.rows", f"{sorted(counts)} settings", allowed))
         if self.seeds < 1:
             faults.append(Fault("grid.seeds", str(self.seeds), "a whole number of at least 1"))
@@ -156,6 +159,18 @@ class Grid:
         for name, row in self.rows.items():
             named += [point.row for point in row.points(name)] or [name]
         return named + [name + MATCHED for name, row in self.rows.items() if row.matched]
+
+    def _tried(self) -> set[int]:
+        """Return the numbers of settings that a reported row may be chosen from; the readings of a best_of share them."""
+        shared = {name for row in self.rows.values() for name in row.best_of}
+        counts = set()
+        for name, row in self.rows.items():
+            if row.best_of:
+                readings = (self.rows[one] for one in row.best_of if one in self.rows)
+                counts.add(sum(len(one.tried) for one in readings))
+            elif name not in shared:
+                counts.add(len(row.tried))
+        return counts - {0}
 
     def points(self) -> list[Point]:
         """Return what all swept rows report, in order."""

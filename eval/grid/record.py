@@ -74,7 +74,8 @@ def of_row(one: CellResult) -> dict[str, Any]:
     if one.cell.merger is None or one.merge is None:
         return row | {"model": one.cell.model}
     facts = dict(one.merge.manifest["facts"])
-    facts.pop("blocks", None)
+    for key in ("blocks", "seconds"):  # too many, and not a result
+        facts.pop(key, None)
     return row | {"method": of_method(one.cell.merger), "merge": one.merge.key, "facts": facts}
 
 

@@ -80,6 +80,7 @@ def test_the_rule_is_their_harmonic_mean(safety: float, utility: float, mean: fl
 
 # --- its use -------------------------------------------------------------------------------------------------------
 
+# Four settings each; the two rows that ``best`` stands for share them.
 ROWS: dict[str, Any] = {
     "average": {"method": "average"},
     "best": {"best_of": ["ties", "ties/per_tensor"], "matched": True},
@@ -90,8 +91,15 @@ ROWS: dict[str, Any] = {
         "settings": [{"density": 0.2}, {"density": 0.5}],
     },
     "control": {"like": "best", "fixed": {"scale": 0.5}},
-    "mergealign/hammoud": {"method": "mergealign", "settings": [{"temperature": 0.2}, {"temperature": 1.0}]},
-    "interpolate": {"method": "interpolate", "settings": [{"t": 0.3}, {"t": 0.6}], "matched": True},
+    "mergealign/hammoud": {
+        "method": "mergealign",
+        "settings": [{"temperature": one} for one in (0.2, 1.0, 2.0, 5.0)],
+    },
+    "interpolate": {
+        "method": "interpolate",
+        "settings": [{"t": one} for one in (0.1, 0.2, 0.3, 0.6)],
+        "matched": True,
+    },
 }
 EXPERTS = {"expert:arithmetic": (0.0, 0.0, 0.8, 0.1), "expert:format": (0.1, 0.0, 0.2, 0.5)}
 """Refusals, over-refusals, reasoning, instruction following on dev: the best are .8 and .5."""
@@ -102,6 +110,10 @@ TRIED = {
     ("ties/per_tensor", "density=0.5"): (0.66, 0.06, 0.48, 0.30),  # .6 and .6: .6, the best
     ("mergealign/hammoud", "temperature=0.2"): (1.0, 0.0, 0.8, 0.5),  # 1 and 1, but one model has .99
     ("mergealign/hammoud", "temperature=1.0"): (0.2, 0.0, 0.4, 0.25),
+    ("mergealign/hammoud", "temperature=2.0"): (0.1, 0.0, 0.1, 0.1),
+    ("mergealign/hammoud", "temperature=5.0"): (0.1, 0.0, 0.1, 0.1),
+    ("interpolate", "t=0.1"): (0.1, 0.0, 0.1, 0.1),
+    ("interpolate", "t=0.2"): (0.1, 0.0, 0.1, 0.1),
     ("interpolate", "t=0.3"): (0.40, 0.0, 0.8, 0.5),
     ("interpolate", "t=0.6"): (0.54, 0.0, 0.0, 0.0),
 }
