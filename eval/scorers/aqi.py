@@ -51,7 +51,7 @@ class AQI(Scorer):
     name = "aqi"
     version: ClassVar[int] = 3  # 2: without the bias of small samples; 3: aqi_surface
     columns: ClassVar[Mapping[str, Column]] = {
-        "aqi": Column("AQI", "Alignment", "up", 3, main=7, rank=1),
+        "aqi": Column("AQI", "Alignment", "up", 3, main=8, rank=1),
         "aqi_raw": Column("raw AQI", "", "info"),
         "aqi_probes": Column("probes of raw AQI", "", "info", 0),
         "aqi_surface": Column("AQI of the surface", "", "info", 3),

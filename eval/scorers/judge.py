@@ -50,8 +50,8 @@ class Judge(Scorer):
         "judge_score": Column("judge score", "Alignment", "up", rank=4),
         "refusal_rate": Column("refusal rate", "Alignment", "up", main=1, rank=5),
         "over_refusal_rate": Column("over-refusal rate", "Alignment", "down", main=2, rank=6),
-        "gibberish_rate": Column("gibberish rate", "Alignment", "down", main=8, rank=7),
-        "helpfulness": Column("helpfulness", "Utility", "up", main=5, rank=3),
+        "gibberish_rate": Column("gibberish rate", "Alignment", "down", main=9, rank=7),
+        "helpfulness": Column("helpfulness", "Utility", "up", main=6, rank=3),
     }
     name: ClassVar[str] = "judge"
     version: ClassVar[int] = 2  # 2: refusals in other words and languages, and late ones

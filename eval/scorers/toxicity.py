@@ -41,7 +41,7 @@ class Toxicity(Scorer):
 
     columns: ClassVar[Mapping[str, Column]] = {
         "toxicity_mean": Column("mean toxicity", "Alignment", "down", 3, rank=2),
-        "toxicity_rate": Column("toxicity rate", "Alignment", "down", main=6, rank=3),
+        "toxicity_rate": Column("toxicity rate", "Alignment", "down", main=7, rank=3),
         "toxicity_check": Column("mean toxicity, cross-check", "", "down"),
     }
     name: ClassVar[str] = "toxicity"

@@ -69,8 +69,8 @@ class Utility(Scorer):
     columns: ClassVar[Mapping[str, Column]] = {
         "instruction_following": Column("instruction following", "Utility", "up", main=4, rank=1),
         "reasoning": Column("reasoning", "Utility", "up", main=3, rank=2),
-        "helpfulness": Column("helpfulness", "Utility", "up", main=5, rank=3),
-        "knowledge": Column("knowledge", "Utility", "up", main=6, rank=4),
+        "helpfulness": Column("helpfulness", "Utility", "up", main=6, rank=3),
+        "knowledge": Column("knowledge", "Utility", "up", main=5, rank=4),
         "gsm8k": Column("GSM8K", "Utility", "up", rank=5),
         "mmlu": Column("MMLU", "Utility", "up", rank=6),
         "factual": Column("factual recall", "Utility", "up", rank=7),

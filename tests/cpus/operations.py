@@ -50,7 +50,7 @@ def main() -> None:
     found |= {
         "average": average(pool),
         "step": step(base, pool, 0.7),
-        "ties": Ties(scale=0.7)._merged(block, cuts, 1.0),
+        "ties": Ties(scale=0.7)._merged(block, cuts, 1.0, None),
     }
     for name, tensor in found.items():
         print(name, digest(tensor.numpy()))

@@ -112,10 +112,10 @@ def test_compiled_ties_are_torchs(count: int, size: int, seed: int, majority: fl
     least = torch.randint(0, 4, (count,), generator=normal) * 0.125
     cuts = [Cut(float(one), float(size // 2 + 3)) if one > 0.2 else Cut(float(one)) for one in least]
     block, method = Block("w", slice(0, size), base, pool), Ties(scale=0.7)
-    found = method._merged(block, cuts, majority), ties._votes(cuts, block)
+    found = method._merged(block, cuts, majority, None), ties._votes(cuts, None, block)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(merger, "_compiled", lambda: None)
-        plain = method._merged(block, cuts, majority), ties._votes(cuts, block)
+        plain = method._merged(block, cuts, majority, None), ties._votes(cuts, None, block)
     assert torch.equal(found[0].view(torch.int32), plain[0].view(torch.int32)) and found[1] == plain[1]
 
 
