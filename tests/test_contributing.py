@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from alignmerge.engine.manifest import ROOT
+from eval.report.ledger import PAPER
 from tests.conftest import MakesModel, Perturbs
 
 BLOCK = re.compile(r"`(?P<path>[\w/.]+)`:\n\n```\w+\n(?P<text>.*?)^```$", re.M | re.S)
@@ -29,6 +30,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for room in ("alignmerge", "baselines", "eval", "conf"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "run.py", folder / "run.py")
+    (folder / "results/reference").mkdir(parents=True)
+    shutil.copyfile(PAPER, folder / PAPER.relative_to(ROOT))
     for path, text in FILES.items():
         (folder / path).write_text(text)
     return folder
@@ -53,7 +56,7 @@ def test_the_method_and_the_scorer_show_up_in_every_table(project: Path) -> None
         project, "family=smoke", "corpus=toy", "method=dare", "method.weights=validation", "scorer=[words]", "workers=1"
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
-    (folder,) = (project / "results").iterdir()
+    (folder,) = set((project / "results").iterdir()) - {project / "results/reference"}
     assert folder.name.startswith("cell-smoke-dare-weights=validation-")
     summary = pd.read_csv(folder / "summary.csv")
     assert {"dare", "base", "anchor"} <= set(summary["row"]) and set(summary["column"]) == {"words"}

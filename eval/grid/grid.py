@@ -161,7 +161,7 @@ class Grid:
         return named + [name + MATCHED for name, row in self.rows.items() if row.matched]
 
     def _tried(self) -> set[int]:
-        """Return the numbers of settings that a reported row may be chosen from; the readings of a best_of share them."""
+        """Return the numbers of settings that a row may be chosen from; the rows of a best_of share them."""
         shared = {name for row in self.rows.values() for name in row.best_of}
         counts = set()
         for name, row in self.rows.items():

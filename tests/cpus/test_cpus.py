@@ -17,6 +17,7 @@ from alignmerge.engine.manifest import ROOT
 HERE = Path(__file__).parent
 PLAIN = {key: value for key, value in os.environ.items() if key not in kernels.FIXED}
 MERGE = """
+from types import SimpleNamespace
 import numpy as np
 import torch
 from alignmerge.engine.merger import Block
@@ -29,9 +30,10 @@ normal = np.random.default_rng(0)  # torch's own normal numbers depend on the pa
 for shape in ((7,), (33, 65), (512, 1030)):
     base, *pool = torch.from_numpy(normal.standard_normal((4, *shape), dtype=np.float32))
     block = Block("w", slice(None), base, pool)
+    ctx = SimpleNamespace(models=SimpleNamespace(pool=pool))
     for method in (Average(), Interpolate(t=0.3), TaskArithmetic(scale=0.7)):
-        print(method.name, shape, digest(method.fit(None)(block).numpy()))
-    print("ties", shape, digest(Ties(scale=0.7)._merged(block, [Cut(0.3), Cut(1.0), Cut(0.0)], 1.0).numpy()))
+        print(method.name, shape, digest(method.fit(ctx)(block).numpy()))
+    print("ties", shape, digest(Ties(scale=0.7)._merged(block, [Cut(0.3), Cut(1.0), Cut(0.0)], 1.0, None).numpy()))
 print(torch.backends.cpu.get_cpu_capability())
 """
 CODE = """

@@ -172,6 +172,8 @@ def test_a_missed_gate_informs_and_the_run_goes_on_to_its_report(at: Smoke) -> N
 def test_smoke_leaves_every_file(smoke: Smoke) -> None:
     files = {
         "summary.csv",
+        "claims.csv",
+        "fronts.csv",
         "columns.csv",
         "comparisons.csv",
         "selection.csv",
