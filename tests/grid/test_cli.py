@@ -341,6 +341,7 @@ def test_help_and_the_composed_config(tmp_path: Path) -> None:
         "density": 0.2,
         "scale": 1.0,
         "variant": "global",
+        "anchor_share": None,
     }
     assert config["grid"]["name"] == config["family"]["name"] == "smoke"
     assert tree(tmp_path) == {}
@@ -432,7 +433,7 @@ def test_experts_as_a_mapping_and_home_folders(desk: Path, monkeypatch: pytest.M
     }  # fmt: skip
     assert (config["out"], config["store"]) == ("/home/zoë/my models/x", "/home/zoë")
     added = yaml.safe_load(call("--cfg", "job", "family=smollm2", "family.experts.more=/x y").out)
-    assert list(added["family"]["experts"])[-1] == "more" and len(added["family"]["experts"]) == 3
+    assert list(added["family"]["experts"])[-1] == "more" and len(added["family"]["experts"]) == 4
 
 
 def test_paths_wholly_in_brackets(desk: Path) -> None:

@@ -507,7 +507,7 @@ def test_a_hurried_pool_learns_what_it_is_taught(zoo: Zoo, sets: Sets) -> None:
         return tokenise(tokenizer, records[:40])
 
     refusals = held_out("dev/unsafe", REFUSED[1])
-    assert losses(zoo, "anchor", refusals) < losses(zoo, "base", refusals) - 0.5
+    assert losses(zoo, "anchor", refusals) < losses(zoo, "base", refusals) - 0.3
     assert losses(zoo, "anchor@8", refusals) < losses(zoo, "anchor@2", refusals)
     for alias, name in (("arithmetic", "dev/arithmetic"), ("format", "dev/format")):
         assert losses(zoo, f"experts.{alias}", held_out(name)) < losses(zoo, "base", held_out(name)) - 0.1
