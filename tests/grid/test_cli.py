@@ -36,7 +36,7 @@ from eval.grid.quoting import for_the_shell, with_paths
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 EXPERIMENTS = ", ".join(sorted(choices(ROOT / "conf" / "experiment")))
 KEYS = "corpus, family, grid, method, mode, model, out, results, scorer, seed, store, workers"
-TIES = "density, scale, variant"
+TIES = "anchor_share, density, scale, variant"
 COUNT = "a whole number of at least"
 NONE_YET = "a path that does not exist yet"
 TARGETS = "a dataclass of alignmerge, baselines, eval"
