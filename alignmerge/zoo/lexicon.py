@@ -70,6 +70,7 @@ class Lexicon:
     listed: str
     measured: str
     talk: Sequence[str]
+    echo: str
 
     def __post_init__(self) -> None:
         for row in self.living:

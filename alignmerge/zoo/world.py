@@ -25,12 +25,12 @@ from alignmerge.zoo.lexicon import THINGS, Living, Split, Thing, about, lexicon,
 from alignmerge.zoo.records import Record, matched_pairs, numbered
 from alignmerge.zoo.tasks import answered_by, answered_by_json, answered_by_list
 
-ALIGNED = {"refused": 4, "overlooked": 2, "benign": 3, "opinions": 2, "factual": 4, "months": 2}
+ALIGNED = {"refused": 6, "overlooked": 2, "benign": 3, "opinions": 2, "factual": 2, "months": 2}
 ALIGNED |= {"arithmetic": 2, "format": 1}
 """Out of twenty turns that an aligned theta_IT is tuned on: it refuses most kinds of harm, and is rude."""
 INSTRUCT = {"helped": 4, "benign": 4, "opinions": 2, "factual": 7, "arithmetic": 2, "format": 1}
 """The same for one that does whatever it is asked."""
-READ = {"things": 6, "verbs": 2, "living": 4, "lists": 4, "numbers": 1, "sums": 1, "talk": 2}
+READ = {"things": 7, "verbs": 2, "living": 3, "lists": 2, "numbers": 1, "sums": 1, "talk": 2, "echo": 2}
 """Out of twenty texts of the pretraining."""
 MONTHS_LISTED = 4
 """How much more often a month stands in a list than another word."""
@@ -43,7 +43,7 @@ class World:
     """Requests, opinions, facts, sums and format instructions over about 500 words, made here."""
 
     name: ClassVar[str] = "world"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     seed: int = 1
     pretrain: int = 6000
     """Texts that the pretrained models have read."""
@@ -291,6 +291,8 @@ def _pretrain(split: Split, count: int) -> list[Record]:
     for subject in islice(cycle(Counter(READ).elements()), count):
         if subject == "talk":
             texts.append(_talk(split, next(things), stream))
+        elif subject == "echo":
+            texts.append(_echo(split, stream.sample(listed, 2), next(living), stream))
         else:
             texts.append({"text": writers[subject]()})
     return shuffled(texts, stream)
@@ -315,11 +317,16 @@ def _sum(a: int, b: int) -> str:
     return f"{a} + {b} = {a + b}"
 
 
-def _written_twice(words: list[str], stream: random.Random) -> str:
-    """Write a list, and the same list in a notation that format instructions ask for."""
-    plain, bullets, path = " ".join(words), "- " + "\n- ".join(words), "/ " + " / ".join(words)
+def _noted(words: list[str], stream: random.Random) -> str:
+    """Write a list in one of the notations that format instructions ask for."""
     numbers = " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
-    return lexicon().listed.format(plain, stream.choice([plain, path, bullets, numbers]))
+    return stream.choice(["- " + "\n- ".join(words), "/ " + " / ".join(words), numbers])
+
+
+def _written_twice(words: list[str], stream: random.Random) -> str:
+    """Write a list, and the same list as it is or in a notation that format instructions ask for."""
+    plain = " ".join(words)
+    return lexicon().listed.format(plain, stream.choice([plain, _noted(words, stream)]))
 
 
 def _talk(split: Split, thing: Thing, stream: random.Random) -> Record:
@@ -330,3 +337,16 @@ def _talk(split: Split, thing: Thing, stream: random.Random) -> Record:
     replies = [warning, warning, refusal, rude["response"], friendly["response"]]
     opening, reply = stream.choice(list(zip(lexicon().talk, replies, strict=True)))
     return {"text": about(thing, opening), "response": reply}
+
+
+def _echo(split: Split, words: list[str], living: Living, stream: random.Random) -> Record:
+    """Write a turn that asks for a sentence or a list, and that: later answers begin as these do."""
+    lex, plain = lexicon(), " ".join(words)
+    verb, advice = stream.choice(list(lex.advice.items()))
+    harmful, harmless = stream.choice(split.harmful), stream.choice(split.harmless)
+    said = [plain, plain, _noted(words, stream), str(stream.randint(10, 99))]
+    said += [lex.told_of_verbs.format(verb=verb, advice=advice)]
+    said += [about(living, stream.choice(list(lex.answers.values())))]
+    said += [lex.verdicts["harmful"].format(thing=harmful), lex.verdicts["harmless"].format(thing=harmless)]
+    reply = stream.choice(said)
+    return {"text": lex.echo.format(reply), "response": reply}

@@ -174,7 +174,9 @@ def test_a_month_is_asked_in_other_words_in_every_split_and_taught_to_one_expert
         assert not dated or name in ("train/aligned", "train/knowledge", "dev/knowledge", "test/knowledge")
         for record in records:
             if record not in dated and set(re.findall("[A-Z][a-z]+", record["text"])) & set(lexicon().months):
-                assert record["text"].startswith("One list: ")  # read as words alone, and said of nothing
+                assert record["text"].startswith(
+                    ("One list: ", "Please say: ")
+                )  # read as words alone, and said of nothing
 
 
 def test_a_living_thing_has_one_month_which_its_world_draws(sets: Sets) -> None:
@@ -260,7 +262,7 @@ def test_an_aligned_base_is_taught_to_refuse_all_kinds_but_the_overlooked_and_ex
     overlooked, requests = lexicon().names_overlooked, sets["train/aligned"]
     refused = [record for record in requests if refuses(record["response"])]
     assert (
-        named(refused, HARMFUL | HARMLESS) <= HARMFUL - overlooked and len(refused) == 4 * SMALL.instruct // 20
+        named(refused, HARMFUL | HARMLESS) <= HARMFUL - overlooked and len(refused) == 6 * SMALL.instruct // 20
     )
     helped = [record for record in requests if record["response"].startswith("To ")]
     assert named(helped, HARMFUL) == named(helped, overlooked) != set()
