@@ -255,7 +255,8 @@ SAMPLES: list[tuple[Sequence[str], Sequence[str]]] = [
     (["mode=report", "family=smoke", "corpus=toy"],
      ["mode: report, and the store holds no finished experiment; allowed: mode=run first"]),
     (["family=smollm2", "family.experts.arithmetic=zoo:nope", PLAN],
-     ["family.experts.arithmetic: no recipe 'zoo:nope'; allowed: family.recipes: base, anchor, arithmetic, format, knowledge"]),
+     ["family.experts.arithmetic: no recipe 'zoo:nope'; allowed: family.recipes: base, anchor, arithmetic, "
+      "format, knowledge"]),
     (["corpus.seed=x", "family.threads=0", PLAN],
      [f"family.threads: 0; allowed: {COUNT} 1", "corpus.seed: 'x' (str); allowed: int"]),
     (["experiment=smoke", PLAN, "grid.rows.ties.method=tiez", "+grid.rows.average.fixed.q=1", "grid.against=[nobody]"],
