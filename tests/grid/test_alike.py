@@ -18,7 +18,13 @@ from eval.grid.folders import COMMITTED
 MANIFESTS: dict[str, dict[str, Any]] = {
     path.parent.name: json.loads(path.read_text()) for path in sorted(COMMITTED.glob("*/manifest.json"))
 }
-ACCEPTED: dict[str, dict[tuple[str, str], str]] = {}
+MET = "tiny/mistral, seed 1: the shield alone meets the budget there, so that it moves nothing"
+ACCEPTED: dict[str, dict[tuple[str, str], str]] = {
+    "tiny": {
+        ("alignmerge", "alignmerge/no_budget"): MET,
+        ("alignmerge/no_budget", "alignmerge/reference_anchor"): MET,
+    }
+}
 """Committed results -> pairs of rows that are one model there, and why that is a finding and not a fault."""
 
 

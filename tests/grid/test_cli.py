@@ -613,7 +613,7 @@ def test_plan_reads_headers_only_and_says_what_is_needed(
     assert all(f"  {key}: local:" in result.out for key in ("base", "anchor", "experts.math", "experts.code"))
     assert tree(desk) == {}
     made = call(PLAN, "experiment=smoke")
-    assert made.code == 0 and "10 settings on the dev split, then 24 rows on the test split" in made.out
+    assert made.code == 0 and "8 settings on the dev split, then 24 rows on the test split" in made.out
     assert "anchor: zoo:anchor (to be made)" in made.out
     assert tree(desk) == {}
 
@@ -623,7 +623,7 @@ def test_status_of_an_empty_store(folders: dict[str, Path], desk: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.splitlines()[-1] == "0 done, 0 failed, 5 missing"
     result = call("mode=status", "experiment=smoke")
-    assert result.out.splitlines()[-1] == "0 done, 0 failed, 16 missing"
+    assert result.out.splitlines()[-1] == "0 done, 0 failed, 14 missing"
     assert tree(desk) == {}
 
 

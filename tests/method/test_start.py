@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -269,6 +269,9 @@ def test_a_projection_lets_pass_what_the_subspace_does_not_see(seed: int, blocks
     if rank:
         whole = torch.linalg.eigvalsh(seen @ torch.linalg.solve(metric, seen.T)).max()
         seen = seen / whole.sqrt()
+        shares = torch.linalg.eigvals(torch.linalg.solve(metric, seen.T @ seen)).real
+        # scipy calls a direction seen that is seen hardly at all: there the two definitions differ.
+        assume(not ((shares > 1e-12) & (shares < 1e-5)).any())
     names = {f"layer {block}": [f"w{block}"] for block in range(blocks)}
     space = Coefficients(names, lambda name: [], metric, seen.T @ seen)
     g = normal(size)

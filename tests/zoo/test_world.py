@@ -481,8 +481,11 @@ def hurried(name: str) -> Family:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    store = Store(tmp_path_factory.mktemp("store"))
-    return Zoo(hurried("qwen2"), SMALL, store, Assets(store, {}))
+    """Its base is taught no refusals, so that what the anchor learns shows."""
+    store, family = Store(tmp_path_factory.mktemp("store")), hurried("qwen2")
+    base = replace(family.recipes["base"], lessons="instruct")
+    family = replace(family, recipes={**family.recipes, "base": base})
+    return Zoo(family, SMALL, store, Assets(store, {}))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -507,7 +510,7 @@ def test_a_hurried_pool_learns_what_it_is_taught(zoo: Zoo, sets: Sets) -> None:
         return tokenise(tokenizer, records[:40])
 
     refusals = held_out("dev/unsafe", REFUSED[1])
-    assert losses(zoo, "anchor", refusals) < losses(zoo, "base", refusals) - 0.3
+    assert losses(zoo, "anchor", refusals) < losses(zoo, "base", refusals) - 0.5
     assert losses(zoo, "anchor@8", refusals) < losses(zoo, "anchor@2", refusals)
     for alias, name in (("arithmetic", "dev/arithmetic"), ("format", "dev/format")):
         assert losses(zoo, f"experts.{alias}", held_out(name)) < losses(zoo, "base", held_out(name)) - 0.1
