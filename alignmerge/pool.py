@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignmerge.engine.checkpoint import Checkpoint
 from alignmerge.engine.faults import BadRequest
-from alignmerge.engine.merger import MergeContext, total
+from alignmerge.engine.merger import MergeContext, check_range, total
 from alignmerge.engine.store import write_json
 from alignmerge.fisher import fisher
 from alignmerge.gradients import VERSION, nll
@@ -66,6 +66,12 @@ def fisher_length(diagonal: Checkpoint, vector: Callable[[str], Tensor]) -> floa
     """Return sqrt(d^T G d) over the tensors of a diagonal Fisher; ``vector``: name -> that part of d."""
     squared = sum(float((diagonal.read(name) * vector(name).square()).double().sum()) for name in diagonal)
     return math.sqrt(squared)
+
+
+def check_share(anchor_share: float | None) -> None:
+    """Refuse a share of the anchor that is none; None: nobody's is given."""
+    if anchor_share is not None:
+        check_range("method.anchor_share", anchor_share, 0, 1)
 
 
 def anchored(models: int, anchor_share: float | None) -> list[float] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,8 @@ class Samples(Quadratic):
 
     def space(self, directions: Directions) -> Space:
         """Return merge coefficients by decoder layer, or the coordinates in S_A."""
-        values, vectors = sample_eigenpairs(self.kernel, self.rank)
-        basis, unit, lambda_align = vectors / values.sqrt(), self.unit(), self.method.lambda_align
+        values, basis = self._inside
+        unit, lambda_align = self.unit(), self.method.lambda_align
         rho = values / values.mean()
         if self.method.space == "subspace":
             return SampleSpace(self.rows, self.inverse, basis, (1 + lambda_align * rho) / unit)
@@ -96,6 +96,12 @@ class Samples(Quadratic):
     def coordinates(self, name: str) -> Callable[[Tensor], Tensor]:
         """Return what multiplies a difference by the root of the diagonal metric."""
         return partial(mul, 1 / exact_root(self.inverse(name)))
+
+    @cached_property
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues of K that S_A has, (r,), and E (n, r): X = G^-1 J^T E is orthonormal in G."""
+        values, vectors = sample_eigenpairs(self.kernel, self.rank)
+        return values, vectors / values.sqrt()
 
     def _columns(self) -> Tensor:
         """J (theta_k - theta*) of each block and model, (n, blocks x models): no pass over the examples."""
@@ -167,8 +173,8 @@ class Samples(Quadratic):
         for name, x in moved.tensors.items():
             squared += float((x.square() / self.inverse(name)).sum(dtype=torch.float64))
         if self.method.space == "subspace":
-            values, vectors = sample_eigenpairs(self.kernel, self.rank)
-            return Moved(self.kernel @ (vectors / values.sqrt()) @ moved.z, squared)
+            _, basis = self._inside
+            return Moved(self.kernel @ basis @ moved.z, squared)
         return Moved(self._columns() @ moved.z, squared)
 
 

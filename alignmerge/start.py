@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -71,11 +71,11 @@ class Started(Merger, ABC):
         return None if self.origin is None else ctx.merged(self.origin)
 
 
-def begin_at(checkpoint: Checkpoint | None, weights: Sequence[float] | None = None) -> Rule:
-    """Return the rule of the start alone; None: the average of the pool (uniform, or with ``weights``)."""
+def begin_at(checkpoint: Checkpoint | None) -> Rule:
+    """Return the rule of the start alone; None: the average of the pool."""
 
     def mean(block: Block) -> Any:
-        return average(block.pool, weights)
+        return average(block.pool)
 
     def stored(block: Block) -> Any:
         assert checkpoint is not None

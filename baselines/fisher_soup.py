@@ -8,7 +8,7 @@ from typing import Literal
 
 from alignmerge.engine.merger import EVERY_OWN, Inputs, MergeContext, Merger, Rule, check_choice, check_range
 from alignmerge.fisher import NormalisedFishers, pool_fishers
-from alignmerge.pool import anchored
+from alignmerge.pool import anchored, check_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class FisherSoup(Merger):
     def __post_init__(self) -> None:
         check_choice("method.labels", self.labels, ("sampled", "data"))
         check_range("method.floor", self.floor, 0, 1, open_low=True)
-        if self.anchor_share is not None:
-            check_range("method.anchor_share", self.anchor_share, 0, 1)
+        check_share(self.anchor_share)
 
     @property
     def inputs(self) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignmerge.engine.merger import MergeContext, Merger, Rule, check_range, step
-from alignmerge.pool import anchored, anchored_total
+from alignmerge.pool import anchored, anchored_total, check_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,7 @@ class TaskArithmetic(Merger):
 
     def __post_init__(self) -> None:
         check_range("method.scale", self.scale, 0, 10)
-        if self.anchor_share is not None:
-            check_range("method.anchor_share", self.anchor_share, 0, 1)
+        check_share(self.anchor_share)
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Return the rule at once: it needs no data."""

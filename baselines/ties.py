@@ -27,7 +27,7 @@ from alignmerge.engine.merger import (
     flat,
     total,
 )
-from alignmerge.pool import anchored, anchored_total
+from alignmerge.pool import anchored, anchored_total, check_share
 
 Counts = Any
 """Counts as a numpy array: models by buckets."""
@@ -58,8 +58,7 @@ class Ties(Merger):
         check_range("method.density", self.density, 0, 1, open_low=True)
         check_range("method.scale", self.scale, 0, 10)
         check_choice("method.variant", self.variant, ("global", "per_tensor"))
-        if self.anchor_share is not None:
-            check_range("method.anchor_share", self.anchor_share, 0, 1)
+        check_share(self.anchor_share)
 
     def fit(self, ctx: MergeContext) -> Rule:
         """Find the thresholds: two passes over the weights, and one for the global majority sign."""

@@ -110,7 +110,10 @@ class Family:
 
     def recipe_of(self, key: str) -> Any:
         """Return what a model is made by, None for one that is not made here."""
-        return self.recipes.get(self.references()[key].removeprefix("zoo:"))
+        reference = self.references()[key]
+        if not reference.startswith("zoo:"):
+            return None
+        return self.recipes[reference.removeprefix("zoo:")]
 
 
 def public(reference: str) -> str:

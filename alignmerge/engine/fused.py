@@ -52,17 +52,26 @@ def step_into(out: Any, base: Any, values: Sequence[Any], scale: float) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _sizes(memory: Any, base: Any, value: Any, start: int) -> Any:
+    """Return the magnitudes of value - base as integers, uint32, for one chunk; they lie in ``memory``."""
+    theta, origin = value[start : start + CHUNK], base[start : start + CHUNK]
+    delta = memory[: theta.size]
+    for i in range(theta.size):
+        delta[i] = theta[i] - origin[i]
+    sizes = delta.view(np.uint32)
+    for i in range(sizes.size):
+        sizes[i] &= SIZE_BITS
+    return sizes
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def count_upper(counts: Any, base: Any, value: Any) -> None:
     """Add to (2^15,) int64 counts how many magnitudes of value - base have each upper half of their 32 bits."""
     memory = np.empty(CHUNK, np.float32)
     for start in range(0, value.size, CHUNK):
-        theta, origin = value[start : start + CHUNK], base[start : start + CHUNK]
-        delta = memory[: theta.size]
-        for i in range(theta.size):
-            delta[i] = theta[i] - origin[i]
-        bits = delta.view(np.uint32)
-        for i in range(bits.size):
-            counts[(bits[i] & SIZE_BITS) >> HALF] += 1
+        sizes = _sizes(memory, base, value, start)
+        for i in range(sizes.size):
+            counts[sizes[i] >> HALF] += 1
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -70,15 +79,10 @@ def count_lower(counts: Any, base: Any, value: Any, bucket: int) -> None:
     """Add to (2^16,) int64 counts how many of the magnitudes with this upper half have each lower half."""
     memory = np.empty(CHUNK, np.float32)
     for start in range(0, value.size, CHUNK):
-        theta, origin = value[start : start + CHUNK], base[start : start + CHUNK]
-        delta = memory[: theta.size]
-        for i in range(theta.size):
-            delta[i] = theta[i] - origin[i]
-        bits = delta.view(np.uint32)
-        for i in range(bits.size):
-            size = bits[i] & SIZE_BITS
-            if size >> HALF == bucket:
-                counts[size & LOWER] += 1
+        sizes = _sizes(memory, base, value, start)
+        for i in range(sizes.size):
+            if sizes[i] >> HALF == bucket:
+                counts[sizes[i] & LOWER] += 1
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -69,9 +69,8 @@ def probe_records(zoo: Zoo) -> Sequence[dict[str, Any]]:
 def _own_records(zoo: Zoo, alias: str) -> list[dict[str, Any]]:
     if alias == "anchor":
         return records(zoo, "alignment")
-    reference = zoo.family.experts[alias]
-    recipe = zoo.family.recipes.get(reference.removeprefix("zoo:"))
-    if recipe is None or not reference.startswith("zoo:"):
+    recipe = zoo.family.recipe_of(f"experts.{alias}")
+    if recipe is None:
         return records(zoo, "metric")
     return read_jsonl(zoo.lessons.path / f"{recipe.lessons}.jsonl", own(alias), most=EXPERT_EXAMPLES)
 

@@ -52,8 +52,8 @@ def qwen2_tokenizer(corpus: Path) -> Any:
 
     Of a Qwen2 folder AutoTokenizer keeps vocabulary, merges and added tokens, and puts its own rules in place of
     all others: a word-level tokenizer would not know its words. A word has one token at the beginning of a text
-    and another one after a space; so have digits, by tokens that are added, without which sums are learnt half as
-    well: Qwen2's rules make the space before a number a token.
+    and another one after a space; so have digits, by tokens that are added: Qwen2's rules make the space before a
+    number a token.
     """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer

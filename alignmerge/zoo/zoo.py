@@ -119,7 +119,7 @@ class Zoo:
 
     def kept(self, key: str) -> list[str]:
         """Return the keys ``<key>@<step>`` of the training of a model, in the order of the steps."""
-        recipe = self._recipe(key)
+        recipe = self.family.recipe_of(key)
         return [f"{key}@{step}" for step in recipe.keep] if isinstance(recipe, Recipe) else []
 
     def models(self) -> Models:
@@ -291,18 +291,13 @@ class Zoo:
             records = read_jsonl(self.lessons.path / f"{recipe.lessons}.jsonl", f"family.recipes.{name}")
         return tokenise(tokenizer, records, self.family.max_length, self.family.date)
 
-    def _recipe(self, key: str) -> Any:
-        """Return how a model is made here, or None where it comes from elsewhere."""
-        reference = self.family.references()[key]
-        return self.family.recipes[reference.removeprefix("zoo:")] if reference.startswith("zoo:") else None
-
     def _ancestors(self, key: str) -> list[str]:
         """Return the models that a model is trained from, the nearest first.
 
         Raises BadRequest, naming the recipe, if there is no such model or the models go round in a circle.
         """
         found: list[str] = []
-        while isinstance(recipe := self._recipe(key), Recipe):
+        while isinstance(recipe := self.family.recipe_of(key), Recipe):
             name = self.family.references()[key].removeprefix("zoo:")
             if recipe.start not in self.family.references() or recipe.start in found:
                 allowed = "a model of the family that is not trained from this one"

@@ -92,9 +92,8 @@ class Cell(NamedTuple):
             identity = identity_of(models.base) | {"weights": merge.record().digest}
             return StoreSubject(zoo, merge.folder, identity, self.split, models, self.seed)
         assert self.model is not None
-        location = zoo.source(self.model)
-        identity = identity_of(zoo.opened(self.model))
-        return StoreSubject(zoo, location.folder, identity, self.split, models, self.seed)
+        model = zoo.opened(self.model)
+        return StoreSubject(zoo, model.folder, identity_of(model), self.split, models, self.seed)
 
 
 def _told(one: Merger | Scorer) -> list[Any]:

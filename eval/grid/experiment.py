@@ -67,24 +67,23 @@ class Experiment:
 
         Those of a control stand in the places of those that they are controls of.
         """
-        row = self.grid.rows[name]
-        changed = row.fixed if row.like else {}
-        return [self.merger(source, {**setting, **changed}, name) for source, setting in self._sources(name)]
+        return [self.merger(source, setting, name) for source, setting in self._sources(name)]
 
     def _sources(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return the row and the setting that each candidate of a row is made of."""
+        """Return the row and the setting, changed for a control, that each candidate of a row is made of."""
         row = self.grid.rows[name]
-        if row.derived:
-            return list(chain.from_iterable(map(self._sources, row.best_of or [row.like])))
+        if row.like:
+            return [(source, {**setting, **row.fixed}) for source, setting in self._sources(row.like)]
+        if row.best_of:
+            return list(chain.from_iterable(map(self._sources, row.best_of)))
         return [(name, setting) for setting in row.settings or ({},)]
 
     def check(self) -> None:
         """Build every method with every setting; raises BadRequest with all faults at once."""
         makers = {}
-        for name, row in self.grid.rows.items():
-            changed = row.fixed if row.like else {}
+        for name in self.grid.rows:
             for number, (source, setting) in enumerate(self._sources(name)):
-                makers[f"{name} {number}"] = partial(self.merger, source, {**setting, **changed}, name)
+                makers[f"{name} {number}"] = partial(self.merger, source, setting, name)
         BadRequest.gathered(makers)
 
     def dev_cells(self) -> list[Cell]:

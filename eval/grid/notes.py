@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alignmerge.engine.folder import tokenizer_digest
 from alignmerge.engine.language import load_tokenizer, templates_of
-from alignmerge.engine.progress import OUT
+from alignmerge.engine.progress import say
 from alignmerge.engine.vocabulary import read_otherwise
 from alignmerge.zoo.zoo import Zoo
 from eval.grid import work
@@ -14,7 +14,7 @@ from eval.grid import work
 def note(lines: Iterable[str]) -> None:
     """Print each line once."""
     for line in dict.fromkeys(lines):
-        OUT.print(f"note: {line}", highlight=False, markup=False)
+        say(f"note: {line}")
 
 
 def of_tokenizers(folders: Mapping[str, Path]) -> list[str]:

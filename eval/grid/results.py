@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from eval.grid.alike import rows_alike
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Experiment, Gates
 from eval.grid.folders import replace_folder
+from eval.grid.forecast import steps_of
 from eval.grid.gates import marks, missed
 from eval.grid.grid import AT, MATCHED, NEAR, spell
 from eval.grid.record import PASSING, of_gates, of_making, of_models, of_rows
@@ -29,7 +29,7 @@ from eval.grid.selection import Choice
 from eval.report.ledger import PAPER, read_ledger
 from eval.report.supplement import Supplement
 from eval.scorers.judge import Judge, calibration
-from eval.stats.estimates import ALL, EXPERT
+from eval.stats.estimates import ALL
 from eval.stats.fronts import WANTED
 
 
@@ -55,9 +55,9 @@ class Findings:
     def _recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Return what the files of the report are a function of."""
         recipe = {key: value for key, value in manifest.items() if key not in PASSING}
-        recipe |= {"notes": self._notes(), "title": self.experiment.grid.title, "code": _code()}
+        recipe |= {"notes": self._notes, "title": self.experiment.grid.title, "code": _code()}
         recipe |= {"against": self._against(), "remarks": self._remarks()}
-        tables = {"selection": self.choice.points, "sweeps": self._sweeps(), "matched": self._matched()}
+        tables = {"selection": self.choice.points, "sweeps": self._sweeps(), "matched": self._matched}
         for key, table in tables.items():
             recipe[key] = None if table is None else table.to_csv()
         return recipe
@@ -75,13 +75,13 @@ class Findings:
         )  # fmt: skip
         write(
             made, _scores(self.rows), columns=columns, title=self.experiment.grid.title,
-            notes=self._notes(), against=self._against(), supplement=supplement,
+            notes=self._notes, against=self._against(), supplement=supplement,
         )  # fmt: skip
-        matched = self._matched()
-        if matched is not None:
-            matched.to_csv(made / "matched.csv", index=False, float_format="%.6g")
+        if self._matched is not None:
+            self._matched.to_csv(made / "matched.csv", index=False, float_format="%.6g")
         return {}
 
+    @cached_property
     def _matched(self) -> pd.DataFrame | None:
         """Return the matched rows with the refusal rates reached on dev and on test (NaN: not reached)."""
         if self.choice.matched is None:
@@ -89,8 +89,9 @@ class Findings:
         rates: dict[tuple[str, str], list[float]] = {}
         for one in self.rows:
             if one.cell.row.endswith(MATCHED):
-                values = one.values.set_index("column")["value"].loc["refusal_rate"]
-                rates.setdefault((one.cell.family, one.cell.row), []).append(float(values.mean()))
+                values = one.values
+                found = values.loc[values["column"] == "refusal_rate", "value"]
+                rates.setdefault((one.cell.family, one.cell.row), []).append(float(found.mean()))
         places = zip(self.choice.matched["family"], self.choice.matched["row"], strict=True)
         return self.choice.matched.assign(test=[np.mean(rates.get(place, [np.nan])) for place in places])
 
@@ -107,16 +108,11 @@ class Findings:
 
     def _remarks(self) -> dict[str, list[str]]:
         """Return family -> what stands below its tables: aliases, and the rates that matched rows reached."""
-        tested: dict[tuple[str, str], list[float]] = {}
-        for one in self.rows:
-            rates = one.frame.loc[one.frame["column"] == "refusal_rate", "value"]
-            tested.setdefault((one.cell.family, one.cell.row), []).append(float(rates.mean()))
         remarks = aliases(self.choice)
-        for line in _lines(self.choice.matched):
-            place = (line["family"], line["row"])
+        for line in _lines(self._matched):
             text = f"{line['row']}: target {line['target']:g}, dev {line['dev']:.2f}"
-            if place in tested:
-                text += f", test {fmean(tested[place]):.2f}"
+            if pd.notna(line["test"]):
+                text += f", test {line['test']:.2f}"
             if not line["reached"]:
                 text += ": not reached"
             remarks.setdefault(line["family"], []).append(text)
@@ -129,10 +125,8 @@ class Findings:
         """Return the samples of the settings tried on dev, and of the experts; None where nothing is tuned."""
         if self.choice.points is None:
             return None
-        experiment, frames = self.experiment, []
-        models = experiment.identity_cells("dev", list(experiment.grid.dev_scorers.values()))
-        experts = [cell for cell in models if cell.row.startswith(EXPERT) and cell.zoo in experiment.first_seed]
-        for one in experiment.read([*experts, *experiment.dev_cells()]):
+        frames = []
+        for one in self.experiment.read(self.experiment.choice_cells()):
             wanted = one.frame[one.frame["column"].isin(WANTED)]
             cell = one.cell
             frames.append(wanted.assign(family=cell.family, row=cell.row, seed=cell.seed, setting=cell.setting))
@@ -172,12 +166,11 @@ class Findings:
         """Return family and model -> the steps of its training."""
         lengths = {}
         for zoo in self.experiment.first_seed:
-            references = zoo.family.references()
             for model in models:
-                name = references[model.replace("expert:", "experts.")].removeprefix("zoo:")
-                lengths[zoo.family.name, model] = int(zoo.family.recipes[name].steps)
+                lengths[zoo.family.name, model] = steps_of(zoo, model.replace("expert:", "experts."))
         return lengths
 
+    @cached_property
     def _notes(self) -> list[str]:
         notes = _notes_on_models(self.experiment.zoos)
         notes += _notes_on_settings(self.experiment) + _notes_on_choice(self.experiment, self.choice)

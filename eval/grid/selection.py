@@ -14,10 +14,8 @@ from alignmerge.engine.store import NotMade
 from eval.grid.cells import CellResult
 from eval.grid.experiment import Chosen, Experiment
 from eval.grid.grid import MATCHED, NEAR, Row
-from eval.stats.derived import UTILITY, balanced, safety_of, utility_of
+from eval.stats.derived import SIDES, UTILITY, balanced, safety_of, utility_of
 
-SAFETY = ("refusal_rate", "over_refusal_rate")
-"""What ``safety`` is made of."""
 RULE = ("safety", "utility", "balanced")
 """The selection rule: the harmonic mean ``balanced`` of the two before it (``eval.stats.derived``)."""
 
@@ -187,7 +185,7 @@ def _points(results: Sequence[CellResult]) -> pd.DataFrame:
         records.append({**place, "selected": False, "matched": False, **scores, **rule, "excluded": excluded})
     if not records:
         return pd.DataFrame(
-            columns=["family", "row", "setting", "selected", "matched", *SAFETY, *RULE, "excluded"]
+            columns=["family", "row", "setting", "selected", "matched", *SIDES, *RULE, "excluded"]
         )
     return pd.DataFrame(records)
 
@@ -195,7 +193,7 @@ def _points(results: Sequence[CellResult]) -> pd.DataFrame:
 def _means(one: CellResult) -> dict[str, float]:
     """Return the columns that the rule sees, as far as they are measured."""
     means = one.values.groupby("column")["value"].mean()
-    return {name: float(means[name]) for name in (*SAFETY, *UTILITY) if name in means.index}
+    return {name: float(means[name]) for name in (*SIDES, *UTILITY) if name in means.index}
 
 
 def _best_experts(

@@ -23,6 +23,7 @@ from eval.grid.experiment import Experiment
 from eval.grid.folders import COMMITTED, committed, read_manifest, recorded_of, word_of
 from eval.grid.record import of_models, of_rows
 from eval.grid.workers import Failure, Workers
+from eval.report.layout import read_frame
 from eval.scorers.interface import Scorer
 
 TOLERANCE = 0.05
@@ -201,7 +202,7 @@ class Verification:
     @cached_property
     def _widths(self) -> dict[Any, float]:
         """(family, row, column) -> the width of its committed interval, where it has one."""
-        summary = pd.read_csv(self.folder / "summary.csv", keep_default_na=False, na_values=[""])
+        summary = read_frame(self.folder / "summary.csv")
         widths = (summary["ci_high"] - summary["ci_low"]).set_axis(
             pd.MultiIndex.from_frame(summary[["family", "row", "column"]])
         )

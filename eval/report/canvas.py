@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from eval.stats.claims import OURS
 from eval.stats.estimates import is_method
 
 DPI = 150
@@ -32,7 +33,6 @@ STYLE: Any = {
     "svg.hashsalt": "alignmerge",  # else ids in the SVG are random
     "text.parse_math": False,  # a $ in the name of a row is a $
 }  # fmt: skip
-OURS = "alignmerge"
 OURS_COLOUR = "#cc3311"
 FAMILY_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 _COLOURS = {
@@ -41,13 +41,13 @@ _COLOURS = {
     "mergealign/hammoud": "#aa4499", "mergealign/thakkar": "#6a3d9a",
     "interpolate": "#22aacc", "interpolate/base": "#88ccdd", "interpolate/soup": "#226688",
     "gradient_step": "#4466ee", "gradient_step/soup": "#88a0ff",
-    "alignmerge": "#cc3311", "alignmerge/reference_base": "#ee7733", "alignmerge/reference_anchor": "#aa1144",
+    OURS: OURS_COLOUR, "alignmerge/reference_base": "#ee7733", "alignmerge/reference_anchor": "#aa1144",
     "alignmerge/kronecker": "#ee3377", "alignmerge/soup": "#882255", "alignmerge/task_arithmetic": "#dd7788",
     "alignmerge/experts": "#ddaa33", "alignmerge/random": "#c4a484", "alignmerge/utility": "#997755",
     "alignmerge/identity": "#6b4a2f", "alignmerge/no_align": "#f0a090", "alignmerge/no_budget": "#ff6644",
 }  # fmt: skip
 """Row -> its colour in every figure of every experiment: ours are warm, rivals cool. Other rows have one by name."""
-_HUES = {"alignmerge": (0.93, 1.11)}
+_HUES = {OURS: (0.93, 1.11)}
 """Method -> the range of hues of its rows that are not listed; other methods have the cool half."""
 _COOL = (0.3, 0.85)
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))

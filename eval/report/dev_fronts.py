@@ -10,8 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.report.canvas import INK, OURS, RowStyles, freeze, sheet
+from eval.report.canvas import INK, RowStyles, freeze, sheet
 from eval.report.fronts import pareto
+from eval.stats.claims import OURS
 from eval.stats.fronts import Fronts
 
 _READING = (

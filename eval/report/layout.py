@@ -57,6 +57,11 @@ def write_columns(columns: Columns, path: Path) -> None:
     fields.astype({"decimals": "Int64"}).to_csv(path, lineterminator="\n")
 
 
+def read_frame(path: Path) -> pd.DataFrame:
+    """Return a CSV file of a results folder: an empty cell is NaN, and no word is."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
 def read_columns(folder: Path) -> dict[str, Column]:
     """Return the columns of a results folder, in the order of its tables."""
     columns = {}

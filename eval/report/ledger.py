@@ -18,7 +18,7 @@ from alignmerge.engine.faults import BadRequest, Fault, refuse
 from alignmerge.engine.manifest import ROOT
 from eval.columns import Column
 from eval.report.layout import Columns
-from eval.report.numbers import number
+from eval.report.numbers import interval, number
 from eval.stats.claims import FAILS, HOLDS, MISSING, OPEN, Claim
 from eval.stats.comparisons import DECIMALS
 
@@ -190,7 +190,7 @@ def spell(mean: float, low: float, high: float, decimals: int | None) -> str:
     """Write a number with its interval, if it has one."""
     text = number(mean, decimals)
     if pd.notna(low):
-        text += f" [{number(low, decimals)}, {number(high, decimals)}]"
+        text += f" {interval(low, high, decimals)}"
     return text
 
 

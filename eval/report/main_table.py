@@ -11,7 +11,7 @@ from rich.table import Table as Screen
 from alignmerge.engine.faults import BadRequest
 from alignmerge.engine.progress import OUT
 from eval.columns import Column
-from eval.report.layout import chosen, main_columns, read_columns
+from eval.report.layout import chosen, main_columns, read_columns, read_frame
 from eval.report.markup import template
 from eval.report.numbers import number
 from eval.report.tables import Table, markdown_table, table
@@ -38,7 +38,7 @@ def show(folder: Path) -> None:
 
 def _main(folder: Path) -> tuple[list[str], pd.DataFrame, dict[str, Column]]:
     """Return the families, what is of the first (the mean over all, if any), and its main columns."""
-    summary = pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values=[""])
+    summary = read_frame(folder / "summary.csv")
     families = summary["family"].unique().tolist()
     of_first = summary[summary["family"] == families[0]]
     measured = of_first.loc[of_first["mean"].notna(), "column"]

@@ -8,6 +8,11 @@ WRITTEN = ".6g"
 """How the CSV files of a report write a number."""
 
 
+def interval(low: float, high: float, decimals: int | None) -> str:
+    """Render an interval: ``[0.12, 0.34]``."""
+    return f"[{number(low, decimals)}, {number(high, decimals)}]"
+
+
 def number(value: float, decimals: int | None, digits: int = 3) -> str:
     """Render a value with fixed decimals, for None with ``digits`` significant ones; no negative zero.
 

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from eval.report.canvas import FAMILY_COLOURS, INK, OURS, colour_of, freeze, of_methods, sheet
+from eval.report.canvas import FAMILY_COLOURS, INK, colour_of, freeze, of_methods, sheet
 from eval.report.layout import Columns, chosen, grouped, heading
 from eval.report.tables import best_methods
+from eval.stats.claims import OURS
 from eval.stats.estimates import Estimate
 
 _READING = (

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from eval.report.layout import read_columns
+from eval.report.layout import read_columns, read_frame
 from eval.report.ledger import ClaimLine, Entry, Ledger, claim_lines, entries
 from eval.report.main_table import whole
 from eval.report.markup import template
@@ -53,7 +53,7 @@ def _shown(folder: Path) -> Shown:
 
 
 def _entries(folder: Path, ledger: Ledger) -> list[Entry]:
-    summary = pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values=[""])
+    summary = read_frame(folder / "summary.csv")
     return entries(ledger, summary, read_claims(folder), read_columns(folder))
 
 

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from eval.columns import Column, Direction
 from eval.report.layout import Columns, chosen, grouped, heading
 from eval.report.markup import escape_markdown, template
-from eval.report.numbers import number
+from eval.report.numbers import interval, number
 from eval.report.supplement import NOTHING, Supplement
 from eval.stats.derived import KAPPA
 from eval.stats.estimates import ALL, is_method
@@ -114,10 +114,10 @@ def _entries(values: pd.DataFrame, column: Column) -> dict[str, Entry]:
     best = best_methods(values["mean"], column.direction)
     shown = {}
     for row, mean, low, high in values[["mean", "ci_low", "ci_high"]].itertuples(name=None):
-        interval = ""
+        reach = ""
         if np.isfinite(low):
-            interval = f"[{number(low, column.decimals)}, {number(high, column.decimals)}]"
-        shown[row] = Entry(mean, number(mean, column.decimals), interval, row in best)
+            reach = interval(low, high, column.decimals)
+        shown[row] = Entry(mean, number(mean, column.decimals), reach, row in best)
     return shown
 
 

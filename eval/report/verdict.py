@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.report.layout import read_frame
 from eval.stats.claims import COLUMNS, FAILS, HOLDS, MISSING, OPEN
 
 
@@ -36,7 +37,7 @@ def read_claims(folder: Path) -> pd.DataFrame:
     path = folder / "claims.csv"
     if not path.is_file():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return read_frame(path)
 
 
 def _listed(claims: pd.DataFrame, verdict: str) -> str:

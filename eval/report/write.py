@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from eval.report.numbers import WRITTEN
 from eval.report.supplement import NOTHING, Supplement
 from eval.stats import claims, comparisons, families, fronts
 from eval.stats.derived import DERIVED
+from eval.stats.estimates import Estimate
 
 _TRAJECTORY = ["family", "model", "seed", "step", "share", "column", "id", "value"]
 
@@ -44,25 +45,34 @@ def write(
     scores = scores.assign(direction=scores["column"].map(directions))
     by_layer = [name for name, column in columns.items() if column.by_layer]
     measured = families.measure_all(scores[~scores["column"].isin(by_layer)])
-    decimals = {name: column.decimals for name, column in columns.items()}
-    compared = comparisons.comparisons(measured, against, decimals)
-    tested = supplement.ledger.claims if supplement.ledger is not None else {}
-    judged = claims.judge(measured, tested, decimals)
-    summary = families.summary(measured)
+    proof = _proof(measured, columns, against, supplement)
     if supplement.tried is not None:
         supplement = replace(supplement, fronts=fronts.fronts(supplement.tried, directions))
-    document = tables.document(summary, columns, title, notes, supplement)
+    document = tables.document(proof.summary, columns, title, notes, supplement)
     folder.mkdir(parents=True, exist_ok=True)
-    proof = page.Proof(compared, judged, summary)
     for name, frame in proof._asdict().items():
         _csv(frame, folder / f"{name}.csv")
-    write_columns(chosen(columns, summary["column"]), folder / "columns.csv")
+    write_columns(chosen(columns, proof.summary["column"]), folder / "columns.csv")
     _write_supplement(folder, supplement)
     (folder / "table.md").write_text(tables.markdown(document), encoding="utf-8")
     (folder / "table.tex").write_text(tables.latex(document), encoding="utf-8")
     drawn = figures.write(folder / "figures", measured, scores, columns, notes, supplement)
     text = page.html(document, columns, proof, drawn, supplement, folder)
     (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def _proof(
+    measured: Mapping[str, Mapping[str, Estimate]],
+    columns: Columns,
+    against: Sequence[str],
+    supplement: Supplement,
+) -> page.Proof:
+    """Return the numbers of the report."""
+    decimals = {name: column.decimals for name, column in columns.items()}
+    compared = comparisons.comparisons(measured, against, decimals)
+    tested = supplement.ledger.claims if supplement.ledger is not None else {}
+    judged = claims.judge(measured, tested, decimals)
+    return page.Proof(compared, judged, families.summary(measured))
 
 
 def _write_supplement(folder: Path, supplement: Supplement) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from alignmerge.engine.faults import BadRequest
 from eval.stats.comparisons import DECIMALS, comparisons, holm
-from eval.stats.derived import best_expert
+from eval.stats.derived import SIDES, best_expert
 from eval.stats.estimates import Estimate, combined
 from eval.stats.resampling import LEVEL, Floats
 
@@ -30,7 +30,6 @@ COLUMNS = (
     "family", "claim", "says", "row", "column", "against", "factor", "margin", "ours", "theirs", "difference",
     "ci_low", "ci_high", "p", "p_claim", "p_holm", "verdict",
 )  # fmt: skip
-_SIDES = ("refusal_rate", "over_refusal_rate")
 _ARRAYS = ("mean", "by_seed", "over_prompts", "replicates", "drawn_by_seed")
 """What of an estimate a difference is made of; rows are the first axis."""
 
@@ -95,9 +94,9 @@ def judge(
 def with_safety(columns: Mapping[str, Estimate]) -> dict[str, Estimate]:
     """Return the columns and SAFETY, where both of its sides were measured."""
     found = dict(columns)
-    if SAFETY in found or not set(_SIDES) <= set(found):
+    if SAFETY in found or not set(SIDES) <= set(found):
         return found
-    sides = [found[name] for name in _SIDES]
+    sides = [found[name] for name in SIDES]
     parts = tuple(map(_safety, zip(*(side.parts for side in sides), strict=True)))
     return found | {SAFETY: replace(_safety(sides), parts=parts)}
 

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 
 from eval.stats.claims import with_safety
-from eval.stats.derived import UTILITY, best_expert
+from eval.stats.derived import SIDES, UTILITY, best_expert
 from eval.stats.estimates import ALL, Estimate, combined, measure, ordered
 from eval.stats.intervals import critical
 from eval.stats.resampling import Floats
 
-SIDES = ("refusal_rate", "over_refusal_rate")
 WANTED = (*SIDES, *UTILITY)
 """The columns that a front is made of."""
 _SETTING = "\t"

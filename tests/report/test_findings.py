@@ -14,15 +14,15 @@ from eval.stats.estimates import ALL
 
 def result(row: str, value: float, column: str = "aqi", family: str = "tiny/a") -> Any:
     frame = pd.DataFrame({"column": [column], "id": ["all"], "value": [value]})
-    return SimpleNamespace(cell=SimpleNamespace(family=family, row=row, seed=0), frame=frame)
+    cell = SimpleNamespace(family=family, row=row, seed=0)
+    return SimpleNamespace(cell=cell, frame=frame, values=frame[["column", "value"]])
 
 
 def findings(
     choice: Choice, steps: list[Any], rows: list[Any], scorers: tuple[str, ...] = ("aqi",)
 ) -> Findings:
-    recipes = {"anchor": SimpleNamespace(steps=200), "format": SimpleNamespace(steps=100)}
-    references = {"anchor": "zoo:anchor", "experts.format": "zoo:format"}
-    family = SimpleNamespace(name="tiny/a", recipes=recipes, references=lambda: references)
+    recipes = {"anchor": SimpleNamespace(steps=200), "experts.format": SimpleNamespace(steps=100)}
+    family = SimpleNamespace(name="tiny/a", recipe_of=recipes.__getitem__)
     grid = SimpleNamespace(trajectory_scorers={"aqi": "aqi"})
     experiment: Any = SimpleNamespace(grid=grid, scorers=scorers, first_seed=[SimpleNamespace(family=family)])
     return Findings(experiment, choice, rows, steps, {})
